@@ -1,0 +1,89 @@
+"""The main job on a toy model, from every input format to a served file. Toy: two random layers, nothing to learn
+from its scores; every mechanism is the real one."""
+
+import json
+import re
+
+import pytest
+
+from ftnb.cli import main
+from toys import FAST, ftnb, toy_model, write_format
+
+FORMATS = [
+    "csv",
+    "tsv",
+    "json",
+    "parquet",
+    "text-label",
+    "prompt-completion",
+    "alpaca",
+    "messages",
+    "sharegpt",
+]
+KINDS = ("adapter", "merged", "gguf-q8_0", "gguf-q4_k_m")
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    return toy_model(tmp_path_factory.mktemp("toy-model"))
+
+
+def options(data, model, out):
+    sets = [word for pair in FAST for word in ("--set", pair)]
+    task = ["--task", "classification"]
+    return ["run", "--data", str(data), *task, "--model", str(model), "--out", str(out), *sets]
+
+
+def check_run(out):
+    html = (out / "report.html").read_text("utf-8")
+    text = (out / "report.md").read_text("utf-8")
+    assert "<html" in html and "What to do next".lower() in text.lower()
+    assert not re.findall(r'(?:src|href)="(?:https?:)?//', html), "the report loads something from elsewhere"
+    assert str(out.parent) not in text + html, "the report names a folder of this machine"
+    for system in ("base", "few-shot", "tuned", "tfidf"):
+        report = json.loads((out / f"reports/{system}.json").read_text("utf-8"))
+        assert report["n"] >= 10
+        assert report["metrics"]
+    exports = {p.name for p in (out / "exports").iterdir() if p.is_dir()}
+    assert set(KINDS) <= exports
+    recipe = json.loads((out / "recipe.json").read_text("utf-8"))
+    assert recipe["task"] == "classification"
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_to_a_report(kind, tmp_path, model, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "run"
+    code = main(options(write_format(kind, tmp_path), model, out))
+    shown = capsys.readouterr()
+    assert code == 0, shown.err
+    check_run(out)
+
+
+def test_second_run_reuses_and_another_recipe_is_refused(tmp_path, model):
+    data = write_format("csv", tmp_path)
+    out = tmp_path / "run"
+    first = ftnb(*options(data, model, out), cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert "Traceback" not in first.stderr
+    adapter = next((out / "adapter").glob("*.safetensors"))
+    stamp = adapter.stat().st_mtime_ns
+    second = ftnb(*options(data, model, out), cwd=tmp_path)
+    assert second.returncode == 0, second.stderr
+    assert adapter.stat().st_mtime_ns == stamp
+    assert second.stdout.count("reused") >= 5, second.stdout
+    third = ftnb(*options(data, model, out), "--learning-rate", "1e-4", cwd=tmp_path)
+    assert third.returncode == 2 and "learning_rate" in third.stderr
+    fresh = ftnb(*options(data, model, out), "--learning-rate", "1e-4", "--fresh", cwd=tmp_path)
+    assert fresh.returncode == 0, fresh.stderr
+    assert "reused" not in fresh.stdout
+
+
+def test_the_verbs_one_by_one(tmp_path, model, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data, out = write_format("messages", tmp_path), tmp_path / "one"
+    assert main(["train", *options(data, model, out)[1:]]) == 0
+    assert main(["evaluate", str(out)]) == 0
+    assert main(["deploy", str(out), "--kinds", "adapter,merged,gguf-q8_0"]) == 0
+    shown = capsys.readouterr().out
+    assert "tuned" in shown and "gguf-q8_0" in shown

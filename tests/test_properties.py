@@ -1,0 +1,124 @@
+"""What must hold for any input, tried on inputs that nobody would think of."""
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ftnb.data import Record, dedupe, group_near, load_records, normalise, save_records, split
+from ftnb.plan import InputError, Recipe
+
+quick = settings(
+    max_examples=60,
+    deadline=None,
+    database=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40).filter(str.strip)
+
+
+def make(i, text, label):
+    return Record(f"r{i}", ({"role": "user", "content": text},), label, label=label)
+
+
+records = st.lists(st.tuples(words, st.sampled_from("abc")), min_size=1, max_size=60).map(
+    lambda rows: [make(i, *row) for i, row in enumerate(rows)]
+)
+
+
+@quick
+@given(records)
+def test_dedupe_is_idempotent_and_only_leaves_out(rows):
+    once = dedupe(rows)
+    assert dedupe(once) == once
+    ids = [r.id for r in rows]
+    assert [r.id for r in once] == [i for i in ids if i in {r.id for r in once}]
+    assert {(normalise(r.text), r.completion) for r in rows} == {
+        (normalise(r.text), r.completion) for r in once
+    }
+
+
+@quick
+@given(records, st.integers(0, 1000), st.sampled_from([0.1, 0.2]), st.sampled_from([0.2, 0.3]))
+def test_split_is_a_partition_by_groups(rows, seed, val, test):
+    grouped = group_near(dedupe(rows))
+    try:
+        parts = split(grouped, val, test, seed)
+    except InputError:
+        return  # too few rows or groups: refused in a sentence
+    sides = [parts.train, parts.val, parts.test]
+    ids = [r.id for side in sides for r in side]
+    assert sorted(ids) == sorted(r.id for r in grouped)
+    groups = [{r.group for r in side} for side in sides]
+    assert not (groups[0] & groups[1] or groups[0] & groups[2] or groups[1] & groups[2])
+    again = split(grouped, val, test, seed)
+    assert [r.id for r in again.test] == [r.id for r in parts.test]
+    shuffled = split(grouped[::-1], val, test, seed)
+    assert {r.id for r in shuffled.test} == {r.id for r in parts.test}, "row order decides the split"
+
+
+@quick
+@given(records)
+def test_records_survive_the_disk(tmp_path_factory, rows):
+    path = tmp_path_factory.mktemp("records") / "rows.jsonl"
+    save_records(path, rows)
+    assert list(load_records(path)) == rows
+
+
+numbers = st.floats(allow_nan=True, allow_infinity=True) | st.integers()
+
+
+@quick
+@given(st.sampled_from(["learning_rate", "r", "epochs", "batch_size", "val", "seed"]), numbers)
+def test_a_recipe_is_valid_or_refused_in_one_line(field, value):
+    try:
+        recipe = Recipe(**{field: value})
+    except InputError as error:
+        assert len(str(error).splitlines()) == 1 and field in str(error)
+        return
+    assert recipe.warmup(500) <= max(1, recipe.total_steps(500)) or recipe.total_steps(500) == 0
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from ftnb.model import DEFAULT_MODEL, load_tokenizer
+
+    return load_tokenizer(DEFAULT_MODEL)
+
+
+written = st.text(
+    st.characters(exclude_categories=["Cs", "Cn", "Cc"], include_characters="\n\t"), min_size=1, max_size=40
+).filter(str.strip)
+
+
+@quick
+@given(written, written, written | st.just(""))
+def test_the_mask_covers_exactly_the_completion_and_its_end(tokenizer, text, answer, system):
+    from ftnb.format import encode, encode_prompt, messages_for, stop_ids
+
+    record = Record("r0", ({"role": "user", "content": text},), answer)
+    try:
+        row = encode(tokenizer, record, system=system)
+    except InputError as error:
+        assert len(str(error).splitlines()) == 1
+        return
+    ids, labels = list(row.input_ids), list(row.labels)
+    prompt = encode_prompt(tokenizer, messages_for(record, system))
+    assert ids[: len(prompt)] == list(prompt)
+    assert labels[: len(prompt)] == [-100] * len(prompt)
+    assert labels[len(prompt) :] == ids[len(prompt) :]
+    assert ids[-1] in stop_ids(tokenizer)
+    said = tokenizer.decode(
+        ids[len(prompt) : -1], skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
+    assert said == answer
+
+
+def test_an_answer_that_the_tokenizer_cannot_write_is_refused(tokenizer):
+    from ftnb.format import encode
+
+    row = Record(
+        "r0", ({"role": "user", "content": "hello"},), "code \x04 ends"
+    )  # SmolLM2 has no token for byte 4
+    with pytest.raises(InputError, match="r0"):
+        encode(tokenizer, row)

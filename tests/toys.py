@@ -1,0 +1,108 @@
+"""Small things the tests share: a toy model with the real tokenizer, toy data in every format, and the command line."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import ROOT
+
+FAST = (
+    "epochs=1 batch_size=8 accumulation=1 evals_per_epoch=1 max_new_tokens=4 max_length=256 shots=1 r=4 alpha=8"
+).split()
+
+
+def toy_model(folder: Path) -> Path:
+    "Save a random two-layer Llama with the default model's own tokenizer: every mechanism, no knowledge."
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from ftnb.model import DEFAULT_MODEL, load_tokenizer
+
+    tokenizer = load_tokenizer(DEFAULT_MODEL)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def rows(n: int = 72) -> list[tuple[str, str]]:
+    "Messages of three kinds in invented words, so that no two are near-identical; a cue word tells the kind."
+    draw = random.Random(0)
+
+    def word():
+        return "".join(draw.choice("bdfgklmnprst") + draw.choice("aeiou") for _ in range(draw.randint(2, 4)))
+
+    cues = ("hours", "return", "price")
+    return [
+        (" ".join([word(), word(), cues[i % 3], *(word() for _ in range(draw.randint(3, 7)))]), cues[i % 3])
+        for i in range(n)
+    ]
+
+
+def lines(items) -> str:
+    return "".join(json.dumps(item) + "\n" for item in items)
+
+
+def write_format(kind: str, folder: Path) -> Path:
+    "The toy rows in one of the formats that `ftnb run --data` takes."
+    pairs = rows()
+    path = folder / {"csv": "toy.csv", "tsv": "toy.tsv", "json": "toy.json", "parquet": "toy.parquet"}.get(
+        kind, f"{kind}.jsonl"
+    )
+    records = [{"text": t, "label": a} for t, a in pairs]
+    if kind in ("csv", "tsv"):
+        import csv
+
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, ["text", "label"], delimiter="\t" if kind == "tsv" else ",")
+            writer.writeheader()
+            writer.writerows(records)
+    elif kind == "json":
+        path.write_text(json.dumps(records), encoding="utf-8")
+    elif kind == "parquet":
+        import pandas
+
+        pandas.DataFrame(records).to_parquet(path)
+    else:
+        ask = "Name the kind of message."
+        shapes = {
+            "text-label": lambda t, a: {"text": t, "label": a},
+            "prompt-completion": lambda t, a: {"prompt": t, "completion": a},
+            "alpaca": lambda t, a: {"instruction": ask, "input": t, "output": a},
+            "messages": lambda t, a: {
+                "messages": [{"role": "user", "content": t}, {"role": "assistant", "content": a}]
+            },
+            "sharegpt": lambda t, a: {
+                "conversations": [{"from": "human", "value": t}, {"from": "gpt", "value": a}]
+            },
+        }
+        path.write_text(lines(shapes[kind](t, a) for t, a in pairs), encoding="utf-8")
+    return path
+
+
+def ftnb(*args, cwd: Path, timeout: float = 600, **env) -> subprocess.CompletedProcess:
+    "Run the command line in a process of its own."
+    code = "import sys; from ftnb.cli import main; sys.exit(main())"
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, args)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120", **env},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
