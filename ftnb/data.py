@@ -1028,7 +1028,10 @@ class Splits:
         return folder
 
     @classmethod
-    def load(cls, folder: str | Path) -> "Splits":
+    def load(
+        cls,
+        folder: str | Path,  # a folder that `save` wrote
+    ) -> "Splits":
         "What `save` wrote; raises `InputError` if a file is missing or is not the one that was saved."
         folder = Path(folder)
         try:

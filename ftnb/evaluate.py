@@ -181,7 +181,7 @@ def frame_schema(
 
 # %% ../nbs/05_evaluate.ipynb #0b357b45
 def frame_hit(
-    prediction: Prediction,
+    prediction: Prediction,  # one answer
 ) -> bool:
     "Intent equal and slots equal as a multiset; other JSON objects are equal as values, other text as text."
     if parse_frame(prediction.expected):
@@ -254,7 +254,7 @@ SUMS: dict[str, tuple[Callable, Callable]] = {
 def resample(
     counts: np.ndarray,  # N x K, one row for each record
     draws: int = 2000,  # samples
-    seed: int = 0,
+    seed: int = 0,  # of the random draws
     groups: list | None = None,  # N names; rows of one group are drawn together
 ):  # yields blocks of sums: b x K, `draws` rows in all
     "Sums over records drawn with replacement, as many as there are; whole groups where given."
@@ -271,7 +271,7 @@ def bootstrap(
     counts: np.ndarray,  # N x K, one row for each record
     value: Callable,  # sums (... x K) -> number (...)
     draws: int = 2000,  # samples
-    seed: int = 0,
+    seed: int = 0,  # of the random draws
     groups: list | None = None,  # N names; rows of one group are drawn together
 ) -> tuple[float, float]:  # low, high
     "Percentile interval at 95% of a number made from sums over records."
@@ -280,7 +280,7 @@ def bootstrap(
 
 # %% ../nbs/05_evaluate.ipynb #cd98bc43
 def score(
-    predictions: list[Prediction],
+    predictions: list[Prediction],  # one a test record
     metric: str,  # a name in `HITS` or `SUMS`
     seed: int = 0,  # of the bootstrap
 ) -> Estimate:
@@ -335,9 +335,8 @@ def slot_f1(
 
 # %% ../nbs/05_evaluate.ipynb #1b8afea7
 def json_validity(
-    predictions: list[Prediction],
-    schema: dict
-    | None = None,  # JSON schema; None = `FRAME_SCHEMA` where a frame is expected, else any object
+    predictions: list[Prediction],  # one a test record
+    schema: dict | None = None,  # JSON schema; None = `FRAME_SCHEMA` for frames, else any object
 ) -> Estimate:
     "Rate of outputs that are one JSON object fitting the schema, with no text around it."
     shape = schema or (FRAME_SCHEMA if any(parse_frame(p.expected) for p in predictions) else {})
@@ -357,7 +356,7 @@ def classes_of(
 
 
 def valid_labels(
-    predictions: list[Prediction],
+    predictions: list[Prediction],  # one a test record
     labels=(),  # known classes, from `classes_of`; empty = those expected in these rows
 ) -> Estimate:
     "Rate of outputs that name a known class."
@@ -366,7 +365,7 @@ def valid_labels(
 
 
 def finished(
-    predictions: list[Prediction],
+    predictions: list[Prediction],  # one a test record
 ) -> Estimate:
     "Rate of answers that the model ended itself, among rows where that is known."
     return rate([p.stopped for p in predictions if p.stopped is not None])
@@ -474,7 +473,10 @@ class Report:
         return write_text(path, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
 
     @classmethod
-    def load(cls, path: str | Path) -> "Report":
+    def load(
+        cls,
+        path: str | Path,  # a file that `save` wrote
+    ) -> "Report":
         "An equal report; raises `InputError` for a file that is none."
         return _report_from(path)
 
@@ -586,7 +588,7 @@ def swap_test(
     b: np.ndarray,  # N x K counts of the other, same records
     value: Callable,  # sums (... x K) -> number (...)
     draws: int = 2000,  # random swaps
-    seed: int = 0,
+    seed: int = 0,  # of the random draws
 ) -> float:  # p, 0..1
     "Chance that two equal systems differ at least this much, when answers are swapped at random row by row."
     rng, total = np.random.default_rng(seed), a.sum(0) + b.sum(0)
@@ -599,7 +601,7 @@ def paired_bootstrap(
     a: np.ndarray,  # N x K counts of one system
     b: np.ndarray,  # N x K counts of the other, same records
     value: Callable,  # sums (... x K) -> number (...)
-    seed: int = 0,
+    seed: int = 0,  # of the random draws
     groups: list | None = None,  # N names; rows of one group are drawn together
 ) -> tuple[float, float]:  # low, high
     "Percentile interval at 95% of the difference a - b; without any variation, as wide as Wilson's at 0 of N."
@@ -621,10 +623,10 @@ class Comparison:
     b: str  # system it is held against
     metric: str  # a name in `HITS` or `SUMS`
     n: int  # records both answered
-    value_a: float
-    value_b: float
+    value_a: float  # the metric of a
+    value_b: float  # the metric of b
     low: float  # 95% interval of the difference a - b
-    high: float
+    high: float  # its upper end
     p: float  # paired test; adjusted where several systems are compared
     discordant: float | None  # share of records where exactly one is right; None for F1
     detectable: float  # gap that shows in 4 of 5 such tests
@@ -809,7 +811,7 @@ def task_prompt(
 def few_shots(
     train: list[Record],  # training records, never test records
     k: int,  # examples, 0..
-    seed: int = 0,
+    seed: int = 0,  # of the random draws
 ) -> list[Record]:  # k at most
     "Examples for a prompt: one of each class before the second of any, common classes first."
     if k < 0:
@@ -861,7 +863,7 @@ class Failure:
 
     kind: str  # cut off, invalid JSON, wrong intent, missing slot, ...
     detail: str  # what was wanted and what came
-    prediction: Prediction
+    prediction: Prediction  # the answer that failed
 
 
 def _slot_faults(p):
@@ -922,7 +924,7 @@ class FailureList(list):
 
 
 def by_kind(
-    failures: list[Failure],
+    failures: list[Failure],  # in any order
 ) -> dict[str, list[Failure]]:  # most records first
     "Failures under their kinds."
     table = defaultdict(list)
@@ -932,7 +934,7 @@ def by_kind(
 
 
 def failures(
-    predictions: list[Prediction],
+    predictions: list[Prediction],  # one a test record
     labels=(),  # classes known from training; empty = those expected in these rows
 ) -> FailureList:  # of `Failure`, most frequent kind first, then record order
     "Every way in which every answer is wrong."
@@ -963,7 +965,7 @@ def per_class(
 
 
 def worst_slices(
-    predictions: list[Prediction],
+    predictions: list[Prediction],  # one a test record
     by: str | Callable[[Prediction], str] = "class",  # class | length (words of the message) | a function
     k: int = 5,  # slices to show
 ):  # DataFrame, surest first: right, n, rate, low, high

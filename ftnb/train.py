@@ -12,11 +12,12 @@ __all__ = ['sft_config', 'same_answer', 'choice', 'Evidence', 'read_jsonl', 'Run
 # %% ../nbs/04_train.ipynb #eb153d7e
 import logging
 
+# %% ../nbs/04_train.ipynb #d1f03832
 logging.getLogger("bitsandbytes").setLevel(
     logging.ERROR
 )  # a kernel it misses on CPUs; `ftnb.model` measures QLoRA
 
-# %% ../nbs/04_train.ipynb #d1f03832
+# %% ../nbs/04_train.ipynb #02af3b8e
 import json
 import math
 import os
@@ -232,6 +233,9 @@ class Run:
     history: tuple[dict, ...]  # one dict a log line or evaluation, in order
     best_step: int  # the weight update whose adapter was kept
     metrics: dict  # eval_match, eval_loss, seconds, peak_memory, ... of the kept adapter
+
+    def __repr__(self):
+        return f"Run({self.recipe.name!r}, best_step={self.best_step})"
 
     @property
     def adapter_dir(self) -> Path:

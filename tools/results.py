@@ -34,7 +34,10 @@ def main() -> int:
     paths = {name: run.dir / "reports" / f"{name}.json" for name in NAMES}
     reports = {name: Report.load(path) for name, path in paths.items() if path.exists()}
     if "tuned" not in reports:
-        print(f"ftnb results: {run.dir} has no report of the tuned model; ftnb evaluate makes it", file=sys.stderr)
+        print(
+            f"ftnb results: {run.dir} has no report of the tuned model; ftnb evaluate makes it",
+            file=sys.stderr,
+        )
         return 2
     rows = [
         [NAMES[name], *(estimate(r.metrics[m]) if m in r.metrics else "–" for m in METRICS)]
@@ -44,7 +47,8 @@ def main() -> int:
     sides = {name: len(rows) for name, rows in run.splits.items()}
     found = [json.loads(p.read_text("utf-8")) for p in sorted((run.dir / "agreement").glob("*.json"))]
     exports = "; ".join(
-        f"{a['kind']} {a['size'] / 1e6:,.0f} MB, {a['same']} of {a['n']} answers token for token" for a in found
+        f"{a['kind']} {a['size'] / 1e6:,.0f} MB, {a['same']} of {a['n']} answers token for token"
+        for a in found
     )
     note = (
         f"Held-out test, n = {n} messages, 95 % intervals. {sides['train']} messages trained on, {sides['val']} chose the "
