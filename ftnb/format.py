@@ -14,6 +14,7 @@ import hashlib
 import html
 import json
 import re
+import unicodedata
 import uuid
 from collections import defaultdict
 from collections.abc import Iterable
@@ -196,6 +197,10 @@ class Encoded:
         return _mask_html(self)
 
 
+def _loose(text):
+    return unicodedata.normalize("NFKC", text).strip()
+
+
 def _row(tokenizer, record, system, max_length, end):
     if not record.completion.strip():
         raise InputError(f"record {record.id}: the completion is empty, so there is nothing to learn")
@@ -203,7 +208,13 @@ def _row(tokenizer, record, system, max_length, end):
         prompt = encode_prompt(tokenizer, messages_for(record, system))
     except InputError as error:
         raise InputError(f"record {record.id}: {error}") from error
-    answer = _text_ids(tokenizer, record.completion, "assistant") + end
+    written = _text_ids(tokenizer, record.completion, "assistant")
+    if _loose(tokenizer.decode(written)) != _loose(record.completion):
+        raise InputError(
+            f"record {record.id}: the tokenizer cannot write the completion {record.completion[:40]!r}: "
+            "a character in it has no token; replace it"
+        )
+    answer = written + end
     size = len(prompt) + len(answer)
     if size > max_length:
         raise InputError(
@@ -218,7 +229,7 @@ def encode(
     system: str = "",  # system prompt, used where the record brings none
     max_length: int = 1024,  # tokens the row may have
 ) -> Encoded:  # graded: the completion and its end of turn
-    "One row; raises `InputError` for an empty completion and for a row that is too long."
+    "One row; raises `InputError` for a completion that is empty or cannot be written, and for a row too long."
     ids, labels = _row(tokenizer, record, system, max_length, turn_end(tokenizer))
     return Encoded(record.id, tuple(ids), tuple(labels), tuple(tokenizer.batch_decode([[i] for i in ids])))
 
