@@ -6,8 +6,8 @@ Docs: https://ftnb.github.io/ftnb/train.html.md"""
 
 # %% auto #0
 __all__ = ['sft_config', 'same_answer', 'choice', 'Evidence', 'read_jsonl', 'Run', 'check_before', 'refuse_leakage',
-           'stop_on_interrupt', 'peak_memory', 'open_run', 'in_bfloat16', 'EpochSampler', 'plain_head', 'labelled_loss',
-           'Trainer', 'make_trainer', 'train', 'plot_curves', 'load_run']
+           'stop_on_interrupt', 'last_checkpoint', 'peak_memory', 'open_run', 'in_bfloat16', 'EpochSampler',
+           'plain_head', 'labelled_loss', 'Trainer', 'make_trainer', 'train', 'plot_curves', 'load_run']
 
 # %% ../nbs/04_train.ipynb #eb153d7e
 import logging
@@ -42,7 +42,6 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 from .data import Splits, leakage
@@ -333,6 +332,19 @@ def stop_on_interrupt(
         for sig, handler in old.items():
             signal.signal(sig, handler)
 
+# %% ../nbs/04_train.ipynb #8a4d9f89
+def last_checkpoint(
+    folder: str | Path,  # holds checkpoint-N folders; need not exist
+) -> Path | None:  # the newest whole one
+    "The newest checkpoint that was written to its end, or None."
+    for path in sorted(Path(folder).glob("checkpoint-*"), key=lambda p: -int(p.name.rsplit("-", 1)[1])):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            return path
+        except (OSError, ValueError):
+            continue
+    return None
+
 # %% ../nbs/04_train.ipynb #7d3767bc
 def peak_memory() -> int:  # bytes
     "Highest resident memory of this process so far."
@@ -512,8 +524,8 @@ def _train(recipe, splits, out, model, tokenizer, max_answers):
     if model is None:
         dtype = "float32" if recipe.method == "full" else recipe.dtype
         model = load_model(recipe.model, dtype, recipe.method, recipe.revision)
-    last = get_last_checkpoint(str(out / "checkpoints")) if (out / "checkpoints").is_dir() else None
-    done_steps = int(last.rsplit("-", 1)[1]) if last else 0
+    last = last_checkpoint(out / "checkpoints")
+    done_steps = int(last.name.rsplit("-", 1)[1]) if last else 0
     history = [h for h in read_jsonl(out / "history.jsonl") if h["step"] <= done_steps]
     evidence = Evidence(out, recipe, tokenizer, list(splits.val[:max_answers]), history)
     trainer = make_trainer(recipe, splits, out, model, tokenizer, [evidence])
@@ -522,7 +534,7 @@ def _train(recipe, splits, out, model, tokenizer, max_answers):
     uncast = disable_input_dtype_casting(trainer.model) if in_bfloat16(trainer.model) else nullcontext()
     with stop_on_interrupt(evidence), uncast, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        trainer.train(resume_from_checkpoint=last)
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
     if evidence.stop is not None and trainer.state.global_step < trainer.state.max_steps:
         print(
             f"stopped at step {trainer.state.global_step}; train again to go on from there", file=sys.stderr

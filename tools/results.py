@@ -26,7 +26,7 @@ def estimate(value) -> str:
 
 def main() -> int:
     "Exit code 2 when the run has no reports."
-    from ftnb.evaluate import TITLES, Report, plot_comparison
+    from ftnb.evaluate import TITLES, Report, compare, plot_comparison
     from ftnb.plan import write_bytes, write_text
     from ftnb.train import Run
 
@@ -56,8 +56,19 @@ def main() -> int:
         f"rounded to 4 bits: another base gives other numbers. Training took {m['seconds'] / 60:.0f} minutes on two CPU "
         f"cores, peak memory {m['peak_memory'] / 1e9:.1f} GB. Exports that answer like the run: {exports}."
     )
+    if "tfidf" in reports:
+        against = compare(reports["tuned"], reports["tfidf"])
+        note += (
+            f" On the intent alone, {str(against).rstrip('.')}: a linear classifier is hard to beat at naming a class; "
+            "the whole frame needs the language model."
+        )
     titles = [TITLES.get(name, name) for name in METRICS]
     table = {"columns": ["system", *titles], "rows": rows, "note": note}
+    fields = ("kind", "size", "same", "n", "low", "high", "metric", "first_token_ms", "per_token_ms")
+    table["exports"] = [
+        {k: a[k] for k in fields} | {"score": a["score"]["value"], "score_run": a["score_run"]["value"]}
+        for a in found
+    ]
     table["caption"] = f"Share right for each system, with 95 % intervals, n = {n}"
     write_text(ROOT / "docs" / "results.json", json.dumps(table, indent=1, ensure_ascii=False) + "\n")
     figure = plot_comparison(list(reports.values()), metrics=METRICS)
