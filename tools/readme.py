@@ -57,7 +57,7 @@ def render() -> str:
     text = "\n\n".join(filter(None, map(cell, read_nb(INDEX).cells)))
     for page, notebook in pages().items():
         text = re.sub(rf"\]\((?:\./)?{re.escape(page)}\.html", f"]({notebook}", text)
-    text = re.sub(r"\]\(\.\./", "](", text)
+    text = re.sub(r"\]\(images/", "](nbs/images/", re.sub(r"\]\(\.\./", "](", text))
     return HEAD + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
