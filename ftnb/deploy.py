@@ -939,11 +939,12 @@ def recommend(
     agreements: list[Agreement],  # one for each export
     margin: float = 0.02,  # score that may be lost, 0..1
 ) -> str:  # a sentence
-    "Which export to serve, by rule, and what decided it."
+    "Which export to serve: of the fastest (within 10%) that keep the score, the one with most of the run's answers."
     fit = [a for a in agreements if a.score is None or a.score.value >= a.score_run.value - margin]
     if not fit:
         return f"no export keeps within {100 * margin:.0f} points of the run's score; serve merged, and look at the differences"
-    best = min(fit, key=lambda a: a.per_token_ms)
+    fastest = min(a.per_token_ms for a in fit)
+    best = max((a for a in fit if a.per_token_ms <= 1.1 * fastest), key=lambda a: a.same)
     return (
         f"serve {best.kind}: {best.per_token_ms:.1f} ms a token, {best.size / 1e6:,.0f} MB, {best.same} of {best.n} answers "
         f"as the run gave them; {len(fit)} of {len(agreements)} exports keep within {100 * margin:.0f} points of its score"
