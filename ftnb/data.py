@@ -778,6 +778,8 @@ def _named(records):
     ids = [str(r.meta["id"]) if r.meta.get("id") not in (None, "") else r.id for r in records]
     if len(set(ids)) < len(ids):
         ids = [r.id for r in records]
+    if len(set(ids)) < len(ids):  # a JSON array may hold all its rows in one line
+        ids = [f"{i}#{n}" for n, i in enumerate(ids, 1)]
     return [
         replace(r, id=i, meta={k: v for k, v in r.meta.items() if k != "id"}) for r, i in zip(records, ids)
     ]
