@@ -621,7 +621,7 @@ def deploy(
     "Export a run, check that every export answers like it, and write the report."
     names, folder = words(kinds, KINDS, "--kinds"), finished(run)
     from ftnb.deploy import Agreement, Artifact, export, verify, write_report
-    from ftnb.evaluate import Estimate, Report
+    from ftnb.evaluate import Report
     from ftnb.train import Run
 
     done = Run.load(folder)
@@ -640,20 +640,15 @@ def deploy(
 
         def check(note=note):
             found = verify(artifacts[-1], done)
-            write_text(note, json.dumps(asdict(found), indent=1, ensure_ascii=False) + "\n")
+            found.save(note)
             return found
-
-        def kept(note=note):
-            held = json.loads(note.read_text(encoding="utf-8"))
-            scores = {k: Estimate(**held[k]) for k in ("score", "score_run") if held[k]}
-            return Agreement(**(held | scores))
 
         place, same = out / kind, digest(kind, key)
         make = lambda kind=kind: export(done, out, kinds=(kind,))[0]  # noqa: E731
         artifacts.append(
             steps.do(kind, same, make, lambda place=place: Artifact.load(place), lambda a: size(a.dir))
         )
-        agreements.append(steps.do(f"{kind}?", same, check, kept, agreed))
+        agreements.append(steps.do(f"{kind}?", same, check, lambda note=note: Agreement.load(note), agreed))
     reports = [
         Report.load(path) for name in SYSTEMS if (path := folder / "reports" / f"{name}.json").exists()
     ]

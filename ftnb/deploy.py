@@ -6,12 +6,12 @@ Docs: https://ftnb.github.io/ftnb/deploy.html.md"""
 
 # %% auto #0
 __all__ = ['PRE_TOKENIZERS', 'ARCHITECTURES', 'QUANTISED', 'KINDS', 'NUMBERS', 'NOT_DONE', 'CSS', 'NOT_MEASURED', 'sha256',
-           'base_identity', 'Artifact', 'load_tokenizer_of', 'check_fits', 'adapted', 'merge', 'pre_tokenizer',
-           'vocabulary', 'paired_rows', 'rope_factors', 'write_gguf', 'open_gguf', 'quantize', 'tensor_types', 'export',
-           'TorchEngine', 'LlamaEngine', 'load_for_generation', 'tokenizer_agreement', 'golden_answers', 'Agreement',
-           'verify', 'plot_sizes', 'plot_agreement', 'recommend', 'ChatRequest', 'chat_request', 'Spelling', 'Busy',
-           'Desk', 'spoken', 'problem', 'make_app', 'listen', 'serve', 'serving', 'Table', 'Picture', 'Section',
-           'report_html', 'report_markdown', 'write_report']
+           'base_identity', 'Artifact', 'check_fits', 'adapted', 'merge', 'pre_tokenizer', 'vocabulary', 'paired_rows',
+           'rope_factors', 'write_gguf', 'open_gguf', 'quantize', 'tensor_types', 'export', 'TorchEngine',
+           'LlamaEngine', 'load_for_generation', 'tokenizer_agreement', 'golden_answers', 'Agreement', 'verify',
+           'plot_sizes', 'plot_agreement', 'recommend', 'ChatRequest', 'chat_request', 'Spelling', 'Busy', 'Desk',
+           'spoken', 'problem', 'make_app', 'listen', 'serve', 'serving', 'Table', 'Picture', 'Section', 'report_html',
+           'report_markdown', 'write_report']
 
 # %% ../nbs/06_deploy.ipynb #e9f089ea
 import asyncio
@@ -61,8 +61,8 @@ from ftnb.evaluate import (
     rate,
     wilson,
 )
-from .format import encode_prompt, messages_for, render, set_template, stop_ids, template_hash
-from .model import Generation, generate, load_model, quiet, resolve
+from .format import encode_prompt, messages_for, render, stop_ids, template_hash
+from .model import Generation, generate, load_model, load_tokenizer, quiet, resolve
 from .plan import InputError, Recipe, atomic_dir, need_space, write_bytes, write_text
 from .train import Run
 
@@ -188,16 +188,6 @@ def _write_manifest(folder, kind, run, tokenizer, base, **more):
     (folder / "manifest.json").write_text(json.dumps(manifest | more, indent=1) + "\n", encoding="utf-8")
 
 # %% ../nbs/06_deploy.ipynb #45c4bc67
-def load_tokenizer_of(
-    folder: str | Path,  # a run's adapter folder, or an export
-):  # transformers tokenizer with the template it was saved with
-    "The tokenizer in a folder, whether or not there is a model beside it."
-    from transformers import AutoTokenizer
-
-    with quiet():
-        return set_template(AutoTokenizer.from_pretrained(str(folder)))
-
-
 def check_fits(
     adapter: Path,  # folder of a peft adapter
     base: Path,  # folder of a base model
@@ -535,7 +525,7 @@ def export(
         raise InputError("a full fine-tuning has no adapter to export; choose merged or a gguf kind")
     if any(kind.startswith("gguf") for kind in kinds):
         _llama_cpp()
-    out, tokenizer = Path(out or run.dir / "exports"), load_tokenizer_of(run.adapter_dir)
+    out, tokenizer = Path(out or run.dir / "exports"), load_tokenizer(run.adapter_dir)
     folder = resolve(run.recipe.model, run.recipe.revision)
     base = {"model": run.recipe.model, "revision": run.recipe.revision, "sha256": base_identity(folder)}
     if run.metrics.get("base_sha256", base["sha256"]) != base["sha256"]:
@@ -688,7 +678,7 @@ def load_for_generation(
     context: int | None = None,  # tokens of prompt and answer together; None: what the run allows
 ) -> TorchEngine | LlamaEngine:  # with .generate, .answer, .stream, .prompt, .close
     "The export, ready to answer; raises `InputError` when its base is not the one it was made for."
-    recipe, tokenizer = artifact.recipe, load_tokenizer_of(artifact.dir)
+    recipe, tokenizer = artifact.recipe, load_tokenizer(artifact.dir)
     if template_hash(tokenizer) != artifact.manifest["template_hash"]:
         raise InputError(f"{artifact.dir}: its chat template is not the one the run was trained with")
     context = context or max(2048, recipe.max_length + recipe.max_new_tokens)
@@ -749,7 +739,7 @@ def golden_answers(
     path, key = run.dir / "golden.json", [_weights_of(run.adapter_dir), [r.id for r in rows]]
     if path.is_file() and (held := json.loads(path.read_text(encoding="utf-8")))["key"] == key:
         return rows, [Generation(g["text"], tuple(g["ids"]), g["stopped"]) for g in held["answers"]]
-    tokenizer = load_tokenizer_of(run.adapter_dir)
+    tokenizer = load_tokenizer(run.adapter_dir)
     prompts = [encode_prompt(tokenizer, messages_for(r, run.recipe.system)) for r in rows]
     answers = generate(adapted(run), tokenizer, prompts, run.recipe.max_new_tokens)
     write_text(path, json.dumps({"key": key, "answers": [asdict(a) for a in answers]}))
