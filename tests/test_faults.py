@@ -96,6 +96,7 @@ def test_two_processes_do_not_share_a_folder(job):
     folder, command = job
     first = begin(command, "shared", folder)
     wait_for_step(folder / "shared", 2, first)
+    first.send_signal(signal.SIGSTOP)  # it holds the folder for as long as the second needs to start
     second = ftnb(*command, "--out", "shared", cwd=folder)
     first.kill()
     first.wait()
