@@ -36,8 +36,8 @@ from typing import get_args
 
 from fastcore.docments import docments
 
+from .audit import audit as find_issues
 from .data import Issue, Record, Splits, dedupe, group_near, load, split, store_records
-from .data import audit as find_issues
 from ftnb.plan import (
     ARCHES,
     PRESETS,

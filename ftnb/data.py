@@ -6,10 +6,10 @@ Docs: https://ftnb.github.io/ftnb/data.html.md"""
 
 # %% auto #0
 __all__ = ['SLOT', 'BOMS', 'JSON', 'TEXTS', 'LABELS', 'PROMPTS', 'COMPLETIONS', 'ROLES', 'FORMATS', 'READERS', 'SUFFIXES',
-           'TASKS', 'NEAR', 'LONG', 'CONTROL', 'DAMAGE', 'ROWS', 'RARE', 'ROW_CHECKS', 'Record', 'frame_json',
-           'save_records', 'load_records', 'store_records', 'decode', 'Loaded', 'load', 'normalise', 'dedupe',
-           'skeleton', 'near_pairs', 'group_near', 'plot_grouping', 'nearest', 'Splits', 'split', 'Issue',
-           'AuditReport', 'leakage', 'plot_similarity', 'audit', 'plot_labels', 'plot_lengths']
+           'TASKS', 'NEAR', 'LONG', 'Record', 'short', 'frame_json', 'save_records', 'load_records', 'store_records',
+           'decode', 'Loaded', 'load', 'normalise', 'prompt_text', 'prompt_key', 'answer_key', 'dedupe', 'skeleton',
+           'near_pairs', 'group_near', 'plot_grouping', 'nearest', 'Splits', 'split', 'Issue', 'AuditReport', 'leakage',
+           'plot_similarity', 'plot_labels', 'plot_lengths']
 
 # %% ../nbs/01_data.ipynb #07b64be2
 import csv
@@ -41,6 +41,7 @@ class Record:
     group: str | None = None  # rows with one group stay on one side of a split
     source: str = ""  # "file:line"
     meta: dict = field(default_factory=dict)  # whatever else the source said
+    tools: tuple[dict, ...] = ()  # functions the model may call, as JSON schemas
 
     @property
     def text(self) -> str:  # content of the last user turn
@@ -50,11 +51,15 @@ class Record:
 
     def _repr_markdown_(self):
         where = " · ".join(x for x in (self.id, self.label, self.group, self.source) if x)
-        said = "\n".join(f"- {m['role']}: {_short(m['content'])}" for m in self.messages)
-        return f"**Record** {where}\n\n{said}\n- **answer**: `{_short(self.completion)}`"
+        said = "\n".join(f"- {m['role']}: {short(m['content'])}" for m in self.messages)
+        return f"**Record** {where}\n\n{said}\n- **answer**: `{short(self.completion)}`"
 
 
-def _short(text, limit=120):
+def short(
+    text,  # anything; its `str` is shown
+    limit: int = 120,  # characters at most
+) -> str:  # one line that fits a Markdown table
+    "A text cut to a readable line, for evidence and error messages."
     text = " ".join(str(text).split()).replace("|", "\\|")
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
@@ -91,7 +96,7 @@ def load_records(
             continue
         try:
             row = json.loads(line)
-            records.append(Record(**row | {"messages": tuple(row["messages"])}))
+            records.append(Record(**row | {k: tuple(row.get(k, ())) for k in ("messages", "tools")}))
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"{path} line {number}: not a record that ftnb saved: {error}") from error
     return records
@@ -433,7 +438,7 @@ FORMATS = ("messages", "sharegpt", "alpaca", "prompt-completion", "intent-slots"
 def _pick(columns, names, option, where, given=None):
     if given is not None:
         if given not in columns:
-            raise InputError(f"{where}: no column {given!r}; columns: {_short(', '.join(columns))}")
+            raise InputError(f"{where}: no column {given!r}; columns: {short(', '.join(columns))}")
         return given
     low = {c.lower(): c for c in columns}
     if names[0] in low:
@@ -443,7 +448,7 @@ def _pick(columns, names, option, where, given=None):
         return found[0]
     what = "two or more could be the" if found else "no"
     raise InputError(
-        f"{where}: {what} {names[0]} column among {_short(', '.join(columns), 200)}; name it with --{option} COLUMN"
+        f"{where}: {what} {names[0]} column among {short(', '.join(columns), 200)}; name it with --{option} COLUMN"
     )
 
 
@@ -490,7 +495,7 @@ def _columns_for(format, columns, where, text, label):
     for part, column in picked.items():
         if column is None:
             raise InputError(
-                f"{where}: no {part} column for the format {format}; columns: {_short(', '.join(columns))}"
+                f"{where}: no {part} column for the format {format}; columns: {short(', '.join(columns))}"
             )
     return picked
 
@@ -529,7 +534,7 @@ class Loaded:
 
     def _repr_markdown_(self):
         rows = [
-            f"| {r['file']}:{r['line']} | {r['field']} | {_short(r['reason'])} | `{_short(r['raw'], 40)}` |"
+            f"| {r['file']}:{r['line']} | {r['field']} | {short(r['reason'])} | `{short(r['raw'], 40)}` |"
             for r in self.rejected[:8]
         ]
         more = [f"and {len(self.rejected) - 8:,} more"] if len(self.rejected) > 8 else []
@@ -608,7 +613,7 @@ def _parquet_rows(path):
     try:
         table = parquet.read_table(path)
     except (ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a whole Parquet file: {_short(error)}") from error
+        raise InputError(f"{path}: not a whole Parquet file: {short(error)}") from error
     for number, row in enumerate(table.to_pylist(), 1):
         yield number, row, None, row
 
@@ -800,18 +805,27 @@ def _is_mark(char):
     return unicodedata.category(char) in ("Mn", "Mc") and not "\ufe00" <= char <= "\ufe0f"
 
 
-def _prompt(record):
+def prompt_text(
+    record: Record,  # any record
+) -> str:  # the only turn's content, or all turns as "role: content" lines
+    "All that the model reads before it answers, without a template."
     turns = record.messages
     return (
         turns[0]["content"] if len(turns) == 1 else "\n".join(f"{m['role']}: {m['content']}" for m in turns)
     )
 
 
-def _prompt_key(record):
-    return normalise(_prompt(record)) or _prompt(record).strip()
+def prompt_key(
+    record: Record,  # any record
+) -> str:  # equal for prompts that differ in case, punctuation or spacing only
+    "The prompt, normalised; the prompt itself where nothing of it is a letter or digit."
+    return normalise(prompt_text(record)) or prompt_text(record).strip()
 
 
-def _answer_key(record):
+def answer_key(
+    record: Record,  # any record
+) -> str:  # equal for answers that differ in case or spacing only
+    "The answer with case and spacing folded; punctuation stays, as it may carry meaning."
     return " ".join(unicodedata.normalize("NFKC", record.completion).casefold().split())
 
 # %% ../nbs/01_data.ipynb #65d9a825
@@ -822,7 +836,7 @@ def dedupe(
     seen = set()
     kept = []
     for record in records:
-        key = (_prompt_key(record), _answer_key(record))
+        key = (prompt_key(record), answer_key(record))
         if key not in seen:
             seen.add(key)
             kept.append(record)
@@ -841,7 +855,7 @@ def skeleton(
 ) -> str:  # words and signs, one space between
     "The wording of what the user said, without the values that vary."
     said = [m["content"] for m in record.messages if m["role"] == "user"]
-    text = record.meta.get("template") or "\n".join(said) or _prompt(record)
+    text = record.meta.get("template") or "\n".join(said) or prompt_text(record)
     template = "template" in record.meta
     parts = re.split(r"(\{[^{}\s]{1,80}\})" if template else r"(\d+)", text)
     words = [_sign(p if template else "0") if i % 2 else normalise(p) for i, p in enumerate(parts)]
@@ -941,7 +955,7 @@ def group_near(
     pairs = [(at[distinct[i]], at[distinct[j]]) for i, j, _ in near_pairs(distinct, threshold)]
     first = {}
     for i, record in enumerate(records):
-        same = (("group", record.group), ("skeleton", keys[i]), ("prompt", _prompt_key(record)))
+        same = (("group", record.group), ("skeleton", keys[i]), ("prompt", prompt_key(record)))
         for name in same:
             if name[1] is not None:
                 pairs.append((first.setdefault(name, i), i))
@@ -1052,7 +1066,7 @@ class Splits:
         labels = Counter(r.label for _, rs in self.items() for r in rs)
         counts = [Counter(r.label for r in rs) for _, rs in self.items()]
         shown = [k for k, _ in (labels.most_common() if len(labels) <= 10 else labels.most_common(9))]
-        rows = [(_short(k, 40) if k is not None else "all", [c[k] for c in counts]) for k in shown]
+        rows = [(short(k, 40) if k is not None else "all", [c[k] for c in counts]) for k in shown]
         if len(labels) > 10:
             rest = [sum(c.values()) - sum(c[k] for k in shown) for c in counts]
             rows.append((f"{len(labels) - 9} more classes", rest))
@@ -1081,7 +1095,7 @@ def _sides(records, val, test, min_test):
 def _members(records):
     groups = defaultdict(list)
     for i, record in enumerate(records):
-        groups[record.group if record.group is not None else "=" + _prompt_key(record)].append(i)
+        groups[record.group if record.group is not None else "=" + prompt_key(record)].append(i)
     return groups
 
 
@@ -1178,6 +1192,7 @@ class Issue:
     ids: tuple[str, ...]  # records it concerns
     text: str  # the evidence, with counts
     fix: str = ""  # what to do
+    patch: tuple[dict, ...] = ()  # safe edits: id, field (text, completion or label), before, after
 
 
 class AuditReport(list):
@@ -1191,7 +1206,7 @@ class AuditReport(list):
         if not self:
             return "No issue found."
         rows = [
-            f"| {i.severity} | {i.kind} | {len(i.ids):,} | {_short(i.text, 160)} | {_short(i.fix)} |"
+            f"| {i.severity} | {i.kind} | {len(i.ids):,} | {short(i.text, 160)} | {short(i.fix)} |"
             for i in self
         ]
         return "\n".join(
@@ -1220,8 +1235,8 @@ def leakage(
 ) -> AuditReport:  # empty when no held-out row was seen
     "Validation and test rows that training has seen: same text, normalised, wording, near-identical, or group."
     tests = [
-        ("leak-exact", "stand word for word in", lambda a, b: _shared(a, b, _prompt)),
-        ("leak-normalised", "stand up to case and punctuation in", lambda a, b: _shared(a, b, _prompt_key)),
+        ("leak-exact", "stand word for word in", lambda a, b: _shared(a, b, prompt_text)),
+        ("leak-normalised", "stand up to case and punctuation in", lambda a, b: _shared(a, b, prompt_key)),
         ("leak-template", "have the wording, other values, of", lambda a, b: _shared(a, b, skeleton)),
         ("leak-near", f"are at least {threshold:g} like", lambda a, b: _near_shared(a, b, threshold)),
         ("leak-group", "share a group with", lambda a, b: _shared(a, b, lambda r: r.group)),
@@ -1260,217 +1275,6 @@ def plot_similarity(
     plt.close(fig)
     return fig
 
-# %% ../nbs/01_data.ipynb #82cbb9e8
-CONTROL = re.compile(
-    r"<\|[^|<>\n]{1,40}\|>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>|</?think>"
-    r"|^### (?:Instruction|Input|Response):",
-    re.M,
-)
-DAMAGE = re.compile(
-    r"\ufffd|[\x00-\x08\x0b\x0c\x0e-\x1f\x80-\x9f]|[ÃÂ][\x80-\xbf\u0152-\u02dc\u2013-\u2122]|â€|ï»¿"
-)
-ROWS = {
-    "classification": 500,
-    "extraction": 500,
-    "generation": 5000,
-    "conversation": 5000,
-}  # the guide's lower ends
-RARE = 10  # rows; a test share of 20 % holds one or two rows of a rarer class
-
-
-def _some(values, limit=3):
-    values = list(values)
-    return ", ".join(_short(v, 40) for v in values[:limit]) + (" …" if len(values) > limit else "")
-
-
-def _rows_that(records, kind, severity, test, text, fix):
-    ids = tuple(r.id for r in records if test(r))
-    return [Issue(kind, severity, ids, f"{len(ids):,} {text}: {_some(ids)}", fix)] if ids else []
-
-
-def _anywhere(pattern):
-    return lambda r: pattern.search(r.completion) or any(pattern.search(m["content"]) for m in r.messages)
-
-
-def _outer(record):
-    return record.completion != record.completion.strip() or record.text != record.text.strip()
-
-# %% ../nbs/01_data.ipynb #67526418
-def _ungrounded(record):
-    try:
-        slots = json.loads(record.completion)["slots"]
-        return any(str(s["value"]) not in record.text for s in slots)
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return False
-
-
-ROW_CHECKS = [  # kind, severity, test of one record, evidence, fix
-    ("empty-prompt", "error", lambda r: not _prompt(r).strip(), "prompts are empty", "drop them"),
-    ("empty-completion", "error", lambda r: not r.completion.strip(), "answers are empty", "drop them"),
-    ("control-token", "error", _anywhere(CONTROL), "rows hold signs that steer a model", "remove the signs"),
-    (
-        "encoding-damage",
-        "warning",
-        _anywhere(DAMAGE),
-        "rows look decoded wrongly",
-        "read the source in its own encoding",
-    ),
-    (
-        "ungrounded-slot",
-        "warning",
-        _ungrounded,
-        "rows have a slot value that is not in the text",
-        "mark it again",
-    ),
-    ("outer-whitespace", "note", _outer, "rows begin or end with space", "strip text and answer"),
-]
-
-
-def _audit_repeats(records):
-    rows_of, exact, folded = defaultdict(list), [], []
-    for r in records:
-        rows_of[_prompt_key(r)].append(r)
-    for rows in rows_of.values():
-        whole, answers = set(), set()
-        for r in rows:
-            if (_prompt(r), r.completion) in whole:
-                exact.append(r.id)
-            elif _answer_key(r) in answers:
-                folded.append(r.id)
-            whole.add((_prompt(r), r.completion))
-            answers.add(_answer_key(r))
-    clash = [r for rows in rows_of.values() if len({_answer_key(r) for r in rows}) > 1 for r in rows]
-    shown = "; ".join(f"{_short(_prompt(r), 50)!r} -> {_short(r.completion, 50)!r}" for r in clash[:2])
-    found = [
-        (
-            "contradiction",
-            "error",
-            [r.id for r in clash],
-            f"one prompt, several answers: {shown}",
-            "choose one answer",
-        ),
-        ("exact-duplicate", "warning", exact, f"{len(exact):,} rows repeat one word for word", "dedupe"),
-        (
-            "normalised-duplicate",
-            "warning",
-            folded,
-            f"{len(folded):,} rows repeat one up to case and punctuation",
-            "dedupe",
-        ),
-    ]
-    return [Issue(kind, severity, tuple(ids), text, fix) for kind, severity, ids, text, fix in found if ids]
-
-# %% ../nbs/01_data.ipynb #824e298d
-def _audit_near(records):
-    keys, prompts = defaultdict(list), defaultdict(set)
-    for r in records:
-        keys[skeleton(r)].append(r.id)
-        prompts[skeleton(r)].add(_prompt_key(r))
-    names = sorted(keys)
-    close = {names[k] for i, j, _ in near_pairs(names) for k in (i, j)}
-    ids = tuple(i for k in names if k in close or len(prompts[k]) > 1 for i in keys[k])
-    text = f"{len(ids):,} rows have a near-identical wording beside them, and {len(names):,} wordings differ"
-    return [Issue("near-duplicate", "note", ids, text, "group_near before split")] if ids else []
-
-
-def _audit_classes(records, task):
-    issues, rows_of, spellings = [], defaultdict(list), defaultdict(list)
-    for r in records:
-        rows_of[r.label].append(r.id)
-    rows_of.pop(None, None)
-    if len(rows_of) == 1 and task == "classification":
-        ids = tuple(r.id for r in records)
-        issues.append(
-            Issue("one-class", "error", ids, f"only the class {next(iter(rows_of))!r}", "add other classes")
-        )
-    rare = {k: ids for k, ids in rows_of.items() if len(ids) < RARE}
-    if rare and task in ("classification", "extraction"):
-        text = f"{len(rare)} of {len(rows_of)} classes have under {RARE} rows: "
-        text += _some(f"{k} ({len(ids)})" for k, ids in rare.items())
-        ids = tuple(i for k in rare for i in rare[k])
-        issues.append(Issue("rare-class", "warning", ids, text, "add rows, or merge or drop the class"))
-    for k in sorted(rows_of, key=lambda k: (-len(rows_of[k]), k)):
-        spellings[normalise(k) or k].append(k)
-    for best, *others in spellings.values():
-        if others:
-            ids = tuple(i for k in others for i in rows_of[k])
-            text = "one class, several spellings: " + _some(
-                f"{k!r} ({len(rows_of[k])})" for k in (best, *others)
-            )
-            issues.append(Issue("label-variants", "error", ids, text, f"write {best!r} everywhere"))
-    return issues
-
-# %% ../nbs/01_data.ipynb #3c285154
-def _shape(text):
-    bare = text.strip()
-    if bare.startswith("```"):
-        return "a fenced block"
-    try:
-        value = json.loads(bare)
-    except (ValueError, RecursionError):
-        return "broken JSON" if bare[:1] in ("{", "[") else "text"
-    return _outline(value) if isinstance(value, (dict, list)) else "text"
-
-
-def _outline(value):
-    if isinstance(value, list):
-        inner = dict.fromkeys("{" + ", ".join(v) + "}" for v in value if isinstance(v, dict))
-        return f"[{' or '.join(inner)}]" if inner else "[]"
-    return (
-        "JSON {"
-        + ", ".join(f"{k}: {_outline(v)}" if isinstance(v, list) else k for k, v in value.items())
-        + "}"
-    )
-
-
-def _audit_shapes(records):
-    shapes = defaultdict(list)
-    for r in records:
-        shapes[_shape(r.completion)].append(r.id)
-    for name in sorted(shapes, key=len):  # an empty list is the same shape as a full one
-        full = [k for k in shapes if k != name and re.sub(r"\[[^\[\]]+\]", "[]", k) == name]
-        if full:
-            shapes[max(full, key=lambda k: len(shapes[k]))] += shapes.pop(name)
-    best = max(shapes, key=lambda k: len(shapes[k])) if shapes else ""
-    odd = {k: ids for k, ids in shapes.items() if k != best}
-    if not odd:
-        return []
-    ids = tuple(i for k in odd for i in odd[k])
-    text = f"{len(shapes)} shapes of answer: {best} ({len(shapes[best]):,}), "
-    text += _some((f"{k} ({len(v):,})" for k, v in sorted(odd.items(), key=lambda kv: -len(kv[1]))), 2)
-    return [
-        Issue(
-            "answer-shape",
-            "error" if "broken JSON" in odd else "warning",
-            ids,
-            text,
-            f"write all as {_short(best, 60)}",
-        )
-    ]
-
-# %% ../nbs/01_data.ipynb #0a314758
-def audit(
-    records: list[Record],  # as loaded
-    task: str,  # classification, extraction, generation or conversation
-) -> AuditReport:  # issues, worst first; empty when nothing was found
-    "What would spoil training or its test, with ids and a fix; raises `InputError` on an unknown task."
-    if task not in TASKS:
-        raise InputError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
-    issues = [issue for check in ROW_CHECKS for issue in _rows_that(records, *check)]
-    issues += (
-        _audit_repeats(records)
-        + _audit_near(records)
-        + _audit_classes(records, task)
-        + _audit_shapes(records)
-    )
-    prompts = len({_prompt_key(r) for r in records})
-    if prompts < ROWS[task]:
-        text = f"{prompts:,} distinct prompts; the guide asks for {ROWS[task]:,} or more for {task}"
-        issues.append(
-            Issue("too-few-rows", "warning", (), text, "add varied rows; compare with few-shot prompting")
-        )
-    return AuditReport(issues)
-
 # %% ../nbs/01_data.ipynb #832436a4
 def _counts(records_or_splits):
     if isinstance(records_or_splits, Splits):
@@ -1493,7 +1297,7 @@ def plot_labels(
     for part, rows in parts:
         counts = Counter(str(r.label) for r in rows)
         widths = np.array([counts[n] for n in names])
-        ax.barh([_short(n, 24) for n in names], widths, left=left, label=part)
+        ax.barh([short(n, 24) for n in names], widths, left=left, label=part)
         left += widths
     ax.tick_params(labelsize=8 if len(names) < 12 else 6)
     ax.set(xlabel="rows")
@@ -1511,7 +1315,7 @@ def plot_lengths(
 
     fig, ax = plt.subplots(figsize=(4, 2.6), dpi=100, layout="constrained")
     words = {
-        "prompt": [len(_prompt(r).split()) for r in records],
+        "prompt": [len(prompt_text(r).split()) for r in records],
         "answer": [len(r.completion.split()) for r in records],
     }
     top = max(max(w, default=1) for w in words.values())

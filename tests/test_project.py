@@ -18,9 +18,9 @@ from packaging.requirements import Requirement
 
 from conftest import ROOT
 
-ORDER = ["plan", "data", "format", "model", "train", "evaluate", "deploy", "cli"]
+ORDER = ["plan", "data", "audit", "review", "scale", "format", "model", "train", "evaluate", "deploy", "cli"]
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
-NUMBERED = [p for p in NOTEBOOKS if re.match(r"0\d_", p.name)]
+NUMBERED = [p for p in NOTEBOOKS if re.match(r"0\d[a-z]?_", p.name)]
 MODULES = sorted(p.stem for p in (ROOT / "ftnb").glob("*.py") if not p.stem.startswith("_"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 each_notebook = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
@@ -123,12 +123,12 @@ def test_store_recipe_is_the_default_job():
 @each_numbered
 def test_notebook_name_is_its_module(notebook):
     found = [m[1] for s in sources(notebook, "code") if (m := re.search(r"^#\| default_exp (\S+)", s, re.M))]
-    assert found == [notebook.stem[3:]]
+    assert found == [notebook.stem.partition("_")[2]]
     assert "default_exp" in sources(notebook, "code")[0]
 
 
 def test_the_numbers_are_the_order():
-    assert [p.stem[3:] for p in NUMBERED] == ORDER
+    assert [p.stem.partition("_")[2] for p in NUMBERED] == ORDER
 
 
 @pytest.mark.parametrize("module", MODULES)

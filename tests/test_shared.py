@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
-from ftnb.data import Splits, audit, leakage, load
+from ftnb.audit import audit
+from ftnb.data import Splits, leakage, load
 
 DATA = Path(os.environ.get("FTNB_SHARED") or ROOT.parent / "shared") / "data"
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"no data sets in {DATA.parent.name}/data")
