@@ -9,10 +9,11 @@ __all__ = ['FRAME_SCHEMA', 'HITS', 'SUMS', 'PACKAGES', 'TITLES', 'TASK_METRICS',
            'Prediction', 'wilson', 'Estimate', 'rate', 'json_object', 'slot_pairs', 'valid_json', 'frame_schema',
            'frame_hit', 'slot_counts', 'class_counts', 'f1_of', 'macro_f1_of', 'resample', 'bootstrap', 'score',
            'accuracy', 'macro_f1', 'frame_match', 'intent_accuracy', 'slot_f1', 'json_validity', 'classes_of',
-           'valid_labels', 'finished', 'Report', 'evaluate', 'mcnemar', 'rows_needed', 'min_detectable', 'swap_test',
-           'paired_bootstrap', 'Comparison', 'compare', 'holm', 'compare_all', 'baseline_majority', 'baseline_tfidf',
-           'task_prompt', 'few_shots', 'predict', 'Failure', 'FailureList', 'by_kind', 'failures', 'per_class',
-           'worst_slices', 'confusion', 'plot_confusion', 'plot_comparison', 'plot_failures', 'next_steps']
+           'valid_labels', 'finished', 'Report', 'evaluate', 'without_leaked', 'mcnemar', 'rows_needed',
+           'min_detectable', 'swap_test', 'paired_bootstrap', 'Comparison', 'compare', 'holm', 'compare_all',
+           'baseline_majority', 'baseline_tfidf', 'task_prompt', 'few_shots', 'predict', 'Failure', 'FailureList',
+           'by_kind', 'failures', 'per_class', 'worst_slices', 'confusion', 'plot_confusion', 'plot_comparison',
+           'plot_failures', 'next_steps']
 
 # %% ../nbs/05_evaluate.ipynb #f05920e3
 import html
@@ -20,7 +21,7 @@ import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import NormalDist
@@ -455,13 +456,16 @@ class Report:
     predictions: tuple[Prediction, ...] = ()  # in record order
     labels: tuple[str, ...] = ()  # classes known from training
     notes: tuple[str, ...] = ()  # what was left out, and why
+    leaked: tuple[str, ...] = ()  # ids of the records that training has seen
+    unseen: dict[str, Estimate] = field(default_factory=dict)  # the metrics without those records
 
     def _repr_markdown_(self):
         lines = [f"**{self.system}** on {self.n:,} test records", "", "| metric | value | 95% interval | n |"]
         lines += ["| --- | --- | --- | --- |"]
-        for name, e in self.metrics.items():
+        both = [("", self.metrics), (", without leaked records", self.unseen)]
+        for name, e in ((TITLES.get(k, k) + more, e) for more, part in both for k, e in part.items()):
             n = f"{e.n:,}" + ("" if e.unit == "records" else f" {e.unit}")
-            lines.append(f"| {TITLES.get(name, name)} | {e.value:.3f} | {e.low:.3f} to {e.high:.3f} | {n} |")
+            lines.append(f"| {name} | {e.value:.3f} | {e.low:.3f} to {e.high:.3f} | {n} |")
         return "\n".join([*lines, *(f"\n{note}" for note in self.notes)])
 
     def __repr__(self):
@@ -484,9 +488,10 @@ class Report:
 def _report_from(path):
     try:
         table = json.loads(Path(path).read_text(encoding="utf-8"))
-        table["metrics"] = {name: Estimate(**e) for name, e in table["metrics"].items()}
+        for part in ("metrics", "unseen"):
+            table[part] = {name: Estimate(**e) for name, e in table.get(part, {}).items()}
         table["predictions"] = tuple(Prediction(**p) for p in table["predictions"])
-        return Report(**table | {name: tuple(table[name]) for name in ("labels", "notes")})
+        return Report(**table | {name: tuple(table.get(name, ())) for name in ("labels", "notes", "leaked")})
     except OSError as error:
         raise InputError(f"cannot read report {path}: {error.strerror or error}") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -499,6 +504,21 @@ def _kind_of_rows(predictions, task):
     return "json" if any(json_object(p.expected) is not None for p in predictions) else "intent"
 
 
+def _numbers(predictions, kind, labels, schema, seed):
+    metrics, notes = {}, []
+    special = {
+        "json_validity": lambda: json_validity(predictions, schema),
+        "finished": lambda: finished(predictions),
+        "valid_labels": lambda: valid_labels(predictions, labels),
+    }
+    for name in TASK_METRICS[kind]:
+        if name in PACKAGES and not find_spec(PACKAGES[name]):
+            notes.append(f"{TITLES[name]} left out: pip install {PACKAGES[name].replace('_', '-')}.")
+        elif name != "finished" or any(p.stopped is not None for p in predictions):
+            metrics[name] = special[name]() if name in special else score(predictions, name, seed)
+    return metrics, notes
+
+
 def evaluate(
     predictions: list[Prediction],  # one system's answers to the test records
     task: str,  # classification | extraction | generation | conversation
@@ -506,6 +526,7 @@ def evaluate(
     labels=(),  # classes known from training, by `classes_of`; empty = those expected in these rows
     schema: dict | None = None,  # JSON schema for extraction; None = the shape of a frame
     seed: int = 0,  # of the bootstrap
+    leaked=(),  # ids of test records that training has seen; the metrics are also given without them
 ) -> Report:
     "The task's metrics with intervals; raises `InputError` without rows, for twice the same id, or an unknown task."
     if task not in TASK_METRICS:
@@ -515,18 +536,29 @@ def evaluate(
     twice = [i for i, k in Counter(p.id for p in predictions).items() if k > 1]
     if twice:
         raise InputError(f"{system}: record {twice[0]!r} is answered twice; every id counts once")
-    kind, metrics, notes = _kind_of_rows(predictions, task), {}, []
-    special = {
-        "json_validity": lambda: json_validity(predictions, schema),
-        "finished": lambda: finished(predictions),
-    }
-    special |= {"valid_labels": lambda: valid_labels(predictions, labels)}
-    for name in TASK_METRICS[kind]:
-        if name in PACKAGES and not find_spec(PACKAGES[name]):
-            notes.append(f"{TITLES[name]} left out: pip install {PACKAGES[name].replace('_', '-')}.")
-        elif name != "finished" or any(p.stopped is not None for p in predictions):
-            metrics[name] = special[name]() if name in special else score(predictions, name, seed)
-    return Report(system, kind, len(predictions), metrics, tuple(predictions), tuple(labels), tuple(notes))
+    kind, known = _kind_of_rows(predictions, task), {p.id for p in predictions}
+    metrics, notes = _numbers(predictions, kind, labels, schema, seed)
+    seen = tuple(dict.fromkeys(i for i in leaked if i in known))
+    rest = [p for p in predictions if p.id not in set(seen)]
+    if seen:
+        notes.append(f"{len(seen):,} of {len(predictions):,} test records stand in training.")
+    unseen = _numbers(rest, kind, labels, schema, seed)[0] if seen and rest else {}
+    rows = (tuple(predictions), tuple(labels), tuple(notes), seen)
+    return Report(system, kind, len(predictions), metrics, *rows, unseen)
+
+
+def without_leaked(
+    report: Report,  # from `evaluate`
+) -> Report:  # of the records that training has not seen; itself where none has leaked
+    "What a comparison should rest on; raises `InputError` where every test record has leaked."
+    if not report.leaked:
+        return report
+    rest = tuple(p for p in report.predictions if p.id not in set(report.leaked))
+    if not rest:
+        raise InputError(
+            f"{report.system}: all {report.n:,} test records stand in training: nothing is left to judge by"
+        )
+    return replace(report, n=len(rest), metrics=report.unseen, predictions=rest, leaked=(), unseen={})
 
 # %% ../nbs/05_evaluate.ipynb #6e3aac5c
 def mcnemar(

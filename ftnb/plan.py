@@ -191,6 +191,7 @@ def cache_dir() -> Path:  # $FTNB_CACHE, or ~/.cache/ftnb
 # %% ../nbs/00_plan.ipynb #406ce932
 CHOICES = {
     "task": ("classification", "extraction", "generation", "conversation"),
+    "domain": ("general", "medical", "legal"),
     "method": ("lora", "qlora", "full"),
     "template": ("auto", "chat", "instruction"),
     "scheduler": ("cosine", "linear", "constant_with_warmup"),
@@ -403,6 +404,8 @@ PRESETS = {
     "full": {"method": "full", "learning_rate": 2e-5},
     "small-data": {"epochs": 8.0},
     "large-data": {"epochs": 1.0, "evals_per_epoch": 8},
+    "medical": {"domain": "medical", "task": "generation", "r": 32, "alpha": 64},
+    "legal": {"domain": "legal", "task": "generation", "r": 32, "alpha": 64},
 }
 
 # %% ../nbs/00_plan.ipynb #a6bc35ab
@@ -412,6 +415,7 @@ class Recipe(_Length, _Files):
 
     name: str = "run"  # names the run's folder
     task: str = "extraction"  # classification | extraction | generation | conversation
+    domain: str = "general"  # general | medical | legal; the last two train on reviewed rows only
     model: str = "smollm2-135m-instruct"  # alias, hub id, folder, or .gguf file
     revision: str | None = None  # branch, tag or commit of a hub id
     method: str = "lora"  # lora | qlora | full
