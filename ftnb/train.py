@@ -6,8 +6,9 @@ Docs: https://ftnb.github.io/ftnb/train.html.md"""
 
 # %% auto #0
 __all__ = ['sft_config', 'same_answer', 'choice', 'Evidence', 'read_jsonl', 'Run', 'check_before', 'refuse_leakage',
-           'stop_on_interrupt', 'last_checkpoint', 'peak_memory', 'open_run', 'in_bfloat16', 'EpochSampler',
-           'plain_head', 'labelled_loss', 'Trainer', 'make_trainer', 'train', 'plot_curves', 'load_run']
+           'stop_on_interrupt', 'peak_memory', 'open_run', 'in_bfloat16', 'EpochSampler', 'plain_head', 'labelled_loss',
+           'Trainer', 'FiniteGradients', 'make_trainer', 'train', 'out_of_memory', 'smaller_batch', 'plot_curves',
+           'load_run']
 
 # %% ../nbs/04_train.ipynb #eb153d7e
 import logging
@@ -44,6 +45,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
+from .checkpoint import WholeCheckpoints, last_checkpoint, remove_torn
 from .data import Splits, leakage
 from ftnb.format import (
     contract,
@@ -332,19 +334,6 @@ def stop_on_interrupt(
         for sig, handler in old.items():
             signal.signal(sig, handler)
 
-# %% ../nbs/04_train.ipynb #8a4d9f89
-def last_checkpoint(
-    folder: str | Path,  # holds checkpoint-N folders; need not exist
-) -> Path | None:  # the newest whole one
-    "The newest checkpoint that was written to its end, or None."
-    for path in sorted(Path(folder).glob("checkpoint-*"), key=lambda p: -int(p.name.rsplit("-", 1)[1])):
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-            return path
-        except (OSError, ValueError):
-            continue
-    return None
-
 # %% ../nbs/04_train.ipynb #7d3767bc
 def peak_memory() -> int:  # bytes
     "Highest resident memory of this process so far."
@@ -439,8 +428,10 @@ def labelled_loss(
     return total / (graded.sum() if n_items is None else n_items)
 
 # %% ../nbs/04_train.ipynb #4034bd5e
-class Trainer(SFTTrainer):
-    "TRL's trainer with `EpochSampler`, and `labelled_loss` where it applies."
+class Trainer(WholeCheckpoints, SFTTrainer):
+    "TRL's trainer with `EpochSampler`, `labelled_loss` where it applies, and no update from a batch that is no number."
+
+    row_ids: tuple[str, ...] = ()  # of the training rows, in dataset order
 
     def _get_train_sampler(self, train_dataset=None):
         rows = self.train_dataset if train_dataset is None else train_dataset
@@ -454,6 +445,36 @@ class Trainer(SFTTrainer):
         with self.accelerator.autocast():
             return labelled_loss(model, inputs, num_items_in_batch)
 
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if not (inputs["labels"] != -100).any():
+            self._refuse("no token is graded", inputs)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            self._refuse(f"loss is {loss.item()}", inputs)
+        return loss
+
+    def _refuse(self, what, inputs):
+        names = dict(zip(map(tuple, self.train_dataset["input_ids"]), self.row_ids))
+        masks = inputs["attention_mask"].bool()
+        rows = [names.get(tuple(ids[mask].tolist()), "?") for ids, mask in zip(inputs["input_ids"], masks)]
+        shown = ", ".join(rows[:4]) + (f" and {len(rows) - 4} more" if len(rows) > 4 else "")
+        raise InputError(
+            f"training stopped before update {self.state.global_step + 1}: {what} on rows {shown}; the weights are "
+            f"those of update {self.state.global_step}: lower learning_rate or look at these rows"
+        )
+
+# %% ../nbs/04_train.ipynb #aea52146
+class FiniteGradients(TrainerCallback):
+    "Stops before an update whose gradient is no number, though the loss was one."
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        for name, weight in model.named_parameters():
+            if weight.grad is not None and not torch.isfinite(weight.grad).all():
+                raise InputError(
+                    f"training stopped before update {state.global_step + 1}: the gradient of {name} is not finite; "
+                    f"the weights are those of update {state.global_step}: lower learning_rate"
+                )
+
 # %% ../nbs/04_train.ipynb #4564e5d8
 def make_trainer(
     recipe: Recipe,  # what is trained
@@ -462,19 +483,26 @@ def make_trainer(
     model,  # a causal language model, without adapter
     tokenizer,  # with its template set
     callbacks: list,  # ours, first in line: they add the metric that early stopping reads
+    batch_size: int | None = None,  # rows at once; None: the recipe's. An update keeps its rows
 ) -> SFTTrainer:  # ready to train
     "TRL's `SFTTrainer` over rows encoded by `ftnb.format`."
     set_seed(recipe.seed)  # the adapter's first matrix is drawn here
+    size = batch_size or recipe.batch_size
+    rows = recipe.replace(batch_size=size, accumulation=recipe.effective_batch // size)
+    args = sft_config(rows, len(splits.train), out / "checkpoints", in_bfloat16(model))
+    if size < recipe.batch_size:  # memory is short
+        args.per_device_eval_batch_size = size
     trainer = _quietly(
         Trainer,
         model=model,
-        args=sft_config(recipe, len(splits.train), out / "checkpoints", in_bfloat16(model)),
+        args=args,
         train_dataset=encode_dataset(tokenizer, splits.train, recipe),
         eval_dataset=encode_dataset(tokenizer, splits.val, recipe),
         processing_class=tokenizer,
         peft_config=None if recipe.method == "full" else lora_config(recipe),
-        callbacks=callbacks,
+        callbacks=[*callbacks, FiniteGradients()],
     )
+    trainer.row_ids = tuple(r.id for r in splits.train)
     wrong = {p.dtype for p in trainer.model.parameters() if p.requires_grad} - {torch.float32}
     assert not wrong, f"trained weights in {wrong}: small updates would round to nothing"
     for noisy in (PrinterCallback, ProgressCallback):
@@ -513,28 +541,71 @@ def train(
         begun = open_run(recipe, splits, out)
         if begun and (out / "run.json").exists():
             return Run.load(out)
-        return _train(recipe, splits, out, model, tokenizer, max_answers)
+        return _within_memory(recipe, splits, out, model, tokenizer, max_answers)
     finally:
         lock.release()
 
+# %% ../nbs/04_train.ipynb #0e09c473
+def out_of_memory(
+    error: BaseException,  # what training raised
+) -> bool:
+    "Whether a device, or this machine, had no room for a batch."
+    said = str(error).lower()
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "not enough memory" in said or "can't allocate memory" in said
+
+
+def smaller_batch(
+    size: int,  # rows at once, 2..
+    effective: int,  # rows in one update; a multiple of `size`
+) -> int:  # the next smaller number of rows that divides `effective`
+    "Fewer rows at once, as many in an update: the same gradient in more, smaller parts."
+    return max(n for n in range(1, size) if effective % n == 0)
+
+
+def _within_memory(recipe, splits, out, model, tokenizer, max_answers):
+    size = recipe.batch_size
+    while True:
+        try:
+            return _train(recipe, splits, out, model, tokenizer, max_answers, size)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            if size == 1 or (model is not None and recipe.method == "full"):
+                raise InputError(
+                    f"out of memory with {size} row{'s' * (size > 1)} at once; lower max_length (now "
+                    f"{recipe.max_length:,}), take a smaller model, or method lora or qlora"
+                ) from error
+        size = smaller_batch(size, recipe.effective_batch)
+        print(
+            f"out of memory: going on with {size} rows at once, {recipe.effective_batch} an update",
+            file=sys.stderr,
+        )
+
 # %% ../nbs/04_train.ipynb #38fa8962
-def _train(recipe, splits, out, model, tokenizer, max_answers):
+def _train(recipe, splits, out, model, tokenizer, max_answers, size):
     logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
     tokenizer = tokenizer or load_tokenizer(recipe.model, recipe.template, recipe.revision)
     if model is None:
         dtype = "float32" if recipe.method == "full" else recipe.dtype
         model = load_model(recipe.model, dtype, recipe.method, recipe.revision)
+    remove_torn(out / "checkpoints")
     last = last_checkpoint(out / "checkpoints")
     done_steps = int(last.name.rsplit("-", 1)[1]) if last else 0
     history = [h for h in read_jsonl(out / "history.jsonl") if h["step"] <= done_steps]
     evidence = Evidence(out, recipe, tokenizer, list(splits.val[:max_answers]), history)
-    trainer = make_trainer(recipe, splits, out, model, tokenizer, [evidence])
+    trainer = make_trainer(recipe, splits, out, model, tokenizer, [evidence], size)
     check_before(trainer, tokenizer, list(splits.train), recipe.system)
     write_text(out / "contract.json", json.dumps(contract(tokenizer, splits.test, recipe.system), indent=1))
     uncast = disable_input_dtype_casting(trainer.model) if in_bfloat16(trainer.model) else nullcontext()
     with stop_on_interrupt(evidence), uncast, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+        except (MemoryError, RuntimeError):
+            if isinstance(trainer.model, PeftModel):  # a model that was handed in is given back as it came
+                trainer.model.unload()
+            raise
     if evidence.stop is not None and trainer.state.global_step < trainer.state.max_steps:
         print(
             f"stopped at step {trainer.state.global_step}; train again to go on from there", file=sys.stderr
@@ -558,6 +629,7 @@ def _finish(recipe, splits, out, trainer, tokenizer, history, seconds):
     metrics = {k: v for k, v in metrics.items() if k not in ("step", "epoch", "seconds")}
     metrics |= {"steps": trainer.state.global_step, "planned_steps": trainer.state.max_steps}
     metrics |= {"n_train": len(splits.train), "seconds": round(seconds, 1), "peak_memory": peak_memory()}
+    metrics |= {"batch_size": trainer.args.per_device_train_batch_size}
     metrics |= {"trainable": sum(p.numel() for p in model.parameters() if p.requires_grad)}
     metrics |= {"dtype": str(trainer.model.get_input_embeddings().weight.dtype).removeprefix("torch.")}
     packages = {name: version(name) for name in ("torch", "transformers", "trl", "peft", "datasets")}

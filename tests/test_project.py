@@ -18,7 +18,20 @@ from packaging.requirements import Requirement
 
 from conftest import ROOT
 
-ORDER = ["plan", "data", "audit", "review", "scale", "format", "model", "train", "evaluate", "deploy", "cli"]
+ORDER = [
+    "plan",
+    "data",
+    "audit",
+    "review",
+    "scale",
+    "format",
+    "model",
+    "checkpoint",
+    "train",
+    "evaluate",
+    "deploy",
+    "cli",
+]
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 NUMBERED = [p for p in NOTEBOOKS if re.match(r"0\d[a-z]?_", p.name)]
 MODULES = sorted(p.stem for p in (ROOT / "ftnb").glob("*.py") if not p.stem.startswith("_"))
