@@ -194,6 +194,7 @@ CHOICES = {
     "domain": ("general", "medical", "legal"),
     "method": ("lora", "qlora", "full"),
     "template": ("auto", "chat", "instruction"),
+    "truncation": ("refuse", "drop-oldest-turns", "cut-middle", "cut-input-end"),
     "scheduler": ("cosine", "linear", "constant_with_warmup"),
     "dtype": ("auto", "float32", "bfloat16"),
 }
@@ -422,6 +423,9 @@ class Recipe(_Length, _Files):
     template: str = "auto"  # auto | chat | instruction; auto: chat where the tokenizer has one
     system: str = ""  # system prompt; "": none given
     max_length: int = 1024  # tokens, prompt and answer; TRL's own default
+    truncation: str = (
+        "refuse"  # longer rows: refuse | drop-oldest-turns | cut-middle | cut-input-end; never the answer
+    )
     learning_rate: float = 2e-4  # guide: 1e-4 to 3e-4 for LoRA; TRL's default, 2e-5, suits full fine-tuning
     r: int = 16  # guide: 8 to 64, start with 16
     alpha: int = 32  # guide: twice r
