@@ -61,7 +61,7 @@ from ftnb.evaluate import (
     rate,
     wilson,
 )
-from .format import encode_prompt, messages_for, render, stop_ids, template_hash
+from .format import encode_prompt, messages_for, prompt_for, render, stop_ids, template_hash
 from .model import Generation, generate, load_model, load_tokenizer, quiet, resolve
 from .plan import InputError, Recipe, atomic_dir, need_space, write_bytes, write_text
 from .train import Run
@@ -740,7 +740,7 @@ def golden_answers(
     if path.is_file() and (held := json.loads(path.read_text(encoding="utf-8")))["key"] == key:
         return rows, [Generation(g["text"], tuple(g["ids"]), g["stopped"]) for g in held["answers"]]
     tokenizer = load_tokenizer(run.adapter_dir)
-    prompts = [encode_prompt(tokenizer, messages_for(r, run.recipe.system)) for r in rows]
+    prompts = [prompt_for(tokenizer, r, run.recipe.system) for r in rows]
     answers = generate(adapted(run), tokenizer, prompts, run.recipe.max_new_tokens)
     write_text(path, json.dumps({"key": key, "answers": [asdict(a) for a in answers]}))
     return rows, answers

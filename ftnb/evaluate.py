@@ -29,7 +29,7 @@ from statistics import NormalDist
 import numpy as np
 
 from .data import Record, normalise
-from .format import encode_prompt, messages_for, parse_frame
+from .format import parse_frame, prompt_for, same_answer
 from .plan import InputError, Recipe, write_text
 
 # %% ../nbs/05_evaluate.ipynb #a852aab4
@@ -184,12 +184,8 @@ def frame_schema(
 def frame_hit(
     prediction: Prediction,  # one answer
 ) -> bool:
-    "Intent equal and slots equal as a multiset; other JSON objects are equal as values, other text as text."
-    if parse_frame(prediction.expected):
-        same = prediction.answered == prediction.wanted
-        return same and slot_pairs(prediction.output) == slot_pairs(prediction.expected)
-    wanted, got = json_object(prediction.expected), json_object(prediction.output)
-    return wanted == got if wanted is not None else prediction.output.strip() == prediction.expected.strip()
+    "The rule that also chose the checkpoint: intent equal, slots equal in any order; see `same_answer`."
+    return same_answer(prediction.expected, prediction.output)
 
 
 HITS: dict[str, Callable[[Prediction], bool]] = {
@@ -873,7 +869,7 @@ def predict(
         raise InputError(
             f"example {leaked[0].id} is one of the test records; take examples from training only"
         )
-    prompts = [encode_prompt(tokenizer, messages_for(r, recipe.system, tuple(shots))) for r in records]
+    prompts = [prompt_for(tokenizer, r, recipe.system, tuple(shots)) for r in records]
     answers = generate(model, tokenizer, prompts, recipe.max_new_tokens, batch_size)
     return [
         Prediction(r.id, r.text, r.completion, a.text, r.label, a.stopped, r.group)

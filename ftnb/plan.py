@@ -423,9 +423,7 @@ class Recipe(_Length, _Files):
     template: str = "auto"  # auto | chat | instruction; auto: chat where the tokenizer has one
     system: str = ""  # system prompt; "": none given
     max_length: int = 1024  # tokens, prompt and answer; TRL's own default
-    truncation: str = (
-        "refuse"  # longer rows: refuse | drop-oldest-turns | cut-middle | cut-input-end; never the answer
-    )
+    truncation: str = "refuse"  # refuse | drop-oldest-turns | cut-middle | cut-input-end; never the answer
     learning_rate: float = 2e-4  # guide: 1e-4 to 3e-4 for LoRA; TRL's default, 2e-5, suits full fine-tuning
     r: int = 16  # guide: 8 to 64, start with 16
     alpha: int = 32  # guide: twice r

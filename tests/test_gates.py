@@ -1,0 +1,87 @@
+"""Rows that must not be trained on: a test that training has seen, and medical rows that nobody looked at. Toy model."""
+
+import json
+
+import pytest
+
+from toys import FAST, ftnb, rows, toy_model
+
+SETS = [word for pair in FAST for word in ("--set", pair)]
+
+
+def table(pairs):
+    return "text,label\n" + "".join(f"{text},{label}\n" for text, label in pairs)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gates")
+    toy_model(folder / "model")
+    mine, held = rows(90)[:72], rows(90)[72:]
+    (folder / "train.csv").write_text(table(mine), "utf-8")
+    seen = [(text.upper() + "!", label) for text, label in mine[:5]]  # up to case and punctuation
+    (folder / "test.csv").write_text(table(held + seen), "utf-8")
+    (folder / "clean.csv").write_text(table(held), "utf-8")
+    return folder
+
+
+def call(folder, verb, *words):
+    task = ["--task", "classification", "--model", folder / "model", *SETS]
+    return ftnb(verb, "--data", "train.csv", *task, *words, cwd=folder)
+
+
+def test_a_leaking_test_is_refused_in_one_line(folder):
+    done = call(folder, "train", "--test-data", "test.csv", "--out", "refused")
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert "5 of 23 test rows" in line and "--allow-leakage" in line and "--drop-leaked" in line
+    assert not (folder / "refused").exists()
+
+
+def test_allowed_leakage_scores_with_and_without(folder):
+    done = call(folder, "train", "--test-data", "test.csv", "--allow-leakage", "--out", "allowed")
+    assert done.returncode == 0, done.stderr
+    done = ftnb("evaluate", "allowed", "--systems", "tuned,tfidf", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "without 5 leaked rows" in done.stdout
+    report = json.loads((folder / "allowed/reports/tfidf.json").read_text("utf-8"))
+    assert (report["metrics"]["accuracy"]["n"], report["unseen"]["accuracy"]["n"]) == (23, 18)
+    assert len(report["leaked"]) == 5
+
+
+def test_leaked_rows_can_be_left_out_of_training(folder):
+    done = call(folder, "audit", "--test-data", "test.csv", "--drop-leaked", "--out", "audited")
+    assert done.returncode == 0, done.stderr
+    assert "5 of 72 rows are like a test row" in done.stdout and "test 23" in done.stdout
+    assert (folder / "audited/audit/audit.html").exists()
+    clean = call(folder, "audit", "--test-data", "clean.csv")
+    assert clean.returncode == 0 and "leakage" not in clean.stdout
+
+
+def test_medical_rows_are_trained_on_only_once_reviewed(folder):
+    from ftnb.data import load
+    from ftnb.review import decide, save_edits
+
+    medical = ["--recipe", "medical"]
+    done = call(folder, "train", *medical, "--out", "unseen")
+    assert done.returncode == 2 and "medical" in done.stderr and "review" in done.stderr
+    records = load(folder / "train.csv", task="classification").records
+    for record in records[:-1]:
+        save_edits(folder / "patch.jsonl", decide(record, "keep", "dr"))
+    some = call(folder, "train", *medical, "--edits", "patch.jsonl", "--out", "some", "--seed", "1")
+    done = call(folder, "train", *medical, "--edits", "patch.jsonl,last.jsonl", "--out", "done")
+    assert done.returncode == 2 and "last.jsonl" in done.stderr
+    save_edits(folder / "last.jsonl", decide(records[-1], "reject", "dr"))
+    done = call(folder, "train", *medical, "--edits", "patch.jsonl,last.jsonl", "--out", "done")
+    assert done.returncode == 0, done.stderr
+    assert "71 keep" in done.stdout and "1 rows dropped" in done.stdout
+    assert some.returncode in (0, 2)  # the one row left may have fallen into the test
+
+
+def test_a_reviewer_has_a_name_and_a_group_column_exists(folder):
+    done = call(folder, "review")
+    assert done.returncode == 2 and "--reviewer" in done.stderr
+    done = call(folder, "audit", "--group", "customer")
+    assert done.returncode == 2 and "customer" in done.stderr
+    done = call(folder, "audit", "--drop-leaked")
+    assert done.returncode == 2 and "--test-data" in done.stderr
