@@ -295,7 +295,8 @@ def own_test(
         back = {i for issue in leakage(Splits(held, (), kept)) for i in issue.ids}
         said.append(f"{len(back):,} of {len(kept):,} rows are like a test row and are left out of training")
         kept = [r for r in kept if r.id not in back]
-    drawn = split(kept, recipe.val, min(recipe.val, (1 - recipe.val) / 2), recipe.seed)
+    shares = (recipe.val, min(recipe.val, (1 - recipe.val) / 2), recipe.seed)
+    drawn = split(kept, *shares, stable=recipe.split == "stable")
     val = {r.id for r in drawn.val}
     splits = Splits([r for r in kept if r.id not in val], drawn.val, held, recipe.seed)
     return splits, leakage(splits), said
@@ -339,7 +340,8 @@ def prepare(
     if not source.test_data:
         if source.drop_leaked:
             raise InputError("--drop-leaked needs test rows of your own: --test-data FILE")
-        splits, leaks = split(kept, recipe.val, recipe.test, recipe.seed, min_test=recipe.min_test), []
+        shares, stable = (recipe.val, recipe.test, recipe.seed), recipe.split == "stable"
+        splits, leaks = split(kept, *shares, min_test=recipe.min_test, stable=stable), []
     else:
         held, more, bad = read(recipe, source, source.test_data)
         said, rejected = said + more, rejected + bad
@@ -501,8 +503,11 @@ def review(
     records, said, _ = read(recipe, source, source.data)
     say("audit        looking for rows worth a look", "dim")
     scores = {}
-    if recipe.task == "classification":
-        scores = {error.id: error.score for error in label_errors(records)}
+    if recipe.task in ("classification", "extraction"):
+        try:
+            scores = {error.id: error.score for error in label_errors(records)}
+        except InputError as error:  # too few rows of a class, or no classes
+            say(f"labels       not judged: {error}", "dim")
     items = queue(records, find_issues(records, recipe.task), scores, n=rows, seed=recipe.seed)
     made = look_at(records, items, out, reviewer)
     decided = len({edit.id for edit in made})

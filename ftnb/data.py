@@ -9,8 +9,8 @@ __all__ = ['SLOT', 'BOMS', 'JSON', 'LENIENT', 'GAP', 'TEXTS', 'LABELS', 'PROMPTS
            'READERS', 'SUFFIXES', 'UNPACKED', 'TASKS', 'NEAR', 'LONG', 'LEAKS', 'Record', 'short', 'frame_json',
            'tool_call_text', 'save_records', 'load_records', 'store_records', 'decode', 'Loaded', 'raw_bytes', 'load',
            'normalise', 'prompt_text', 'prompt_key', 'answer_key', 'dedupe', 'skeleton', 'near_pairs', 'group_near',
-           'plot_grouping', 'nearest', 'Splits', 'split', 'Issue', 'AuditReport', 'leakage', 'refuse_leakage',
-           'leaked_rows', 'plot_similarity', 'plot_labels', 'plot_lengths', 'moved_rows']
+           'plot_grouping', 'nearest', 'Splits', 'split', 'Issue', 'AuditReport', 'leakage', 'leaked_rows',
+           'refuse_leakage', 'plot_similarity', 'plot_labels', 'plot_lengths', 'moved_rows']
 
 # %% ../nbs/01_data.ipynb #07b64be2
 import base64
@@ -1586,19 +1586,6 @@ def leakage(
         fix = "take examples from training"
         issues.append(Issue("leak-shot", "error", ids, text, fix, sides=("test", "shots")))
     return AuditReport(issues)
-
-
-def refuse_leakage(
-    found: AuditReport,  # from `leakage`
-) -> AuditReport:  # `found`, where nothing in it is an error
-    "Passes a split whose test was not seen; raises `InputError` that says what leaks and what can be done."
-    bad = [issue for issue in found if issue.severity == "error"]
-    if bad:
-        raise InputError(
-            f"the split leaks: {bad[0].text}; leave the doubles out of training (--drop-leaked), or go on knowingly "
-            "(--allow-leakage): every score is then given with and without these rows"
-        )
-    return found
 
 # %% ../nbs/01_data.ipynb #8b675d22
 def leaked_rows(

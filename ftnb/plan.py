@@ -194,6 +194,7 @@ CHOICES = {
     "domain": ("general", "medical", "legal"),
     "method": ("lora", "qlora", "full"),
     "template": ("auto", "chat", "instruction"),
+    "split": ("balanced", "stable"),
     "truncation": ("refuse", "drop-oldest-turns", "cut-middle", "cut-input-end"),
     "scheduler": ("cosine", "linear", "constant_with_warmup"),
     "dtype": ("auto", "float32", "bfloat16"),
@@ -441,6 +442,7 @@ class Recipe(_Length, _Files):
     val: float = 0.1  # share of rows
     test: float = 0.2  # share of rows
     min_test: int = 0  # test rows at least; guide: 100 to 200
+    split: str = "balanced"  # balanced | stable: by hash, so that rows added later move no old row
     max_new_tokens: int = 96  # tokens an answer may have
     shots: int = 4  # examples in the few-shot prompt that a tuned model is compared with
     seed: int = 0  # split, order of rows, first adapter weights

@@ -1,10 +1,27 @@
 """What must hold for any input, tried on inputs that nobody would think of."""
 
+import csv
+import io
+import json
+from dataclasses import replace
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ftnb.data import Record, dedupe, group_near, load_records, normalise, save_records, split
+from ftnb.data import (
+    Record,
+    dedupe,
+    group_near,
+    load,
+    load_records,
+    moved_rows,
+    normalise,
+    prompt_key,
+    raw_bytes,
+    save_records,
+    split,
+)
 from ftnb.plan import InputError, Recipe
 
 quick = settings(
@@ -55,6 +72,81 @@ def test_split_is_a_partition_by_groups(rows, seed, val, test):
     assert [r.id for r in again.test] == [r.id for r in parts.test]
     shuffled = split(grouped[::-1], val, test, seed)
     assert {r.id for r in shuffled.test} == {r.id for r in parts.test}, "row order decides the split"
+
+
+@quick
+@given(records, st.integers(0, 1000), st.integers(0, 60))
+def test_a_stable_split_is_a_partition_that_new_rows_leave_alone(rows, seed, first):
+    own = [replace(r, group=prompt_key(r)) for r in dedupe(rows)]  # groups of equal wordings never merge
+    try:
+        late = split(own, seed=seed, stable=True)
+    except InputError:
+        return
+    assert sorted(r.id for _, side in late.items() for r in side) == sorted(r.id for r in own)
+    assert all({r.label for r in side} == {r.label for r in own} for _, side in late.items())
+    groups = [{r.group for r in side} for _, side in late.items()]
+    assert not (groups[0] & groups[1] or groups[0] & groups[2] or groups[1] & groups[2])
+    try:
+        early = split(own[:first], seed=seed, stable=True)
+    except InputError:
+        return
+    assert moved_rows(early, late) == []
+
+
+@quick
+@given(st.lists(words, min_size=60, max_size=60), st.integers(0, 1000), st.integers(1, 20))
+def test_rows_added_at_the_end_move_no_old_row(texts, seed, more):
+    own = [make(i, f"{t} w{i}", "ab"[i % 2]) for i, t in enumerate(texts)]
+    own = [replace(r, group=r.id) for r in own]
+    wide = dict(val=0.3, test=0.3, seed=seed, stable=True)
+    try:
+        early, late = split(own[:-more], **wide), split(own, **wide)
+    except InputError as error:
+        assert "would get" in str(error)  # by chance less than half of what a side should have
+        return
+    assert moved_rows(early, late) == []
+
+
+printed = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=20).filter(str.strip)
+cells = st.lists(st.tuples(printed, st.sampled_from("abc")), min_size=1, max_size=12)
+broken = st.lists(
+    st.sampled_from(['{"text": "no label"}', "[1]", '{"text": ', "word", '{"text": "", "label": "a"}'])
+)
+
+
+@quick
+@given(cells, broken, st.sampled_from(["\n", "\r\n"]), st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]))
+def test_json_lines_lose_nothing(tmp_path_factory, rows, bad, end, encoding):
+    bad = bad[
+        : len(rows) - 1
+    ]  # where most lines are no rows, the file is taken for another format, or refused
+    good = [json.dumps({"text": t, "label": k}, ensure_ascii=False) for t, k in rows]
+    path = tmp_path_factory.mktemp("load") / "rows.jsonl"
+    path.write_bytes(end.join([*good, *bad]).encode(encoding))
+    found = load(path, task="generation")
+    assert found.read == found.kept + len(found.rejected) == len(rows) + len(bad)
+    assert [(r.text, r.completion) for r in found.records] == rows
+    raw = "utf-16-le" if encoding == "utf-16" else "utf-8"
+    assert [raw_bytes(r).decode(raw) for r in found.rejected] == bad
+
+
+@quick
+@given(cells, st.sampled_from(",;|\t"), st.sampled_from(["\n", "\r\n"]), st.sampled_from(["utf-8", "utf-16"]))
+def test_tables_lose_nothing(tmp_path_factory, rows, mark, end, encoding):
+    said = [(f"{text}{end}{mark} {text}", label) for text, label in rows]  # every cell over two lines
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, delimiter=mark, lineterminator=end)
+    writer.writerows([("text", "label"), *said, ("one cell",)])
+    path = tmp_path_factory.mktemp("load") / "rows.csv"
+    path.write_bytes(text.getvalue().encode(encoding))
+    found = load(path, task="generation")
+    assert found.read == found.kept + len(found.rejected) == len(rows) + 1
+    assert [(r.text.replace("\r\n", "\n"), r.completion) for r in found.records] == [
+        (t.replace("\r\n", "\n"), k) for t, k in said
+    ]
+    assert [raw_bytes(r) for r in found.rejected] == [
+        "one cell".encode("utf-16-le" if encoding == "utf-16" else encoding)
+    ]
 
 
 @quick
