@@ -299,7 +299,8 @@ def own_test(
     drawn = split(kept, *shares, stable=recipe.split == "stable")
     val = {r.id for r in drawn.val}
     splits = Splits([r for r in kept if r.id not in val], drawn.val, held, recipe.seed)
-    return splits, leakage(splits), said
+    whole = Splits(kept, (), held, recipe.seed)  # rows that choose the checkpoint are seen too
+    return splits, leakage(whole), said
 
 # %% ../nbs/07_cli.ipynb #17dc990c
 def read(

@@ -7,7 +7,8 @@ Docs: https://ftnb.github.io/ftnb/train.html.md"""
 # %% auto #0
 __all__ = ['sft_config', 'choice', 'Evidence', 'read_jsonl', 'Run', 'check_before', 'gate', 'stop_on_interrupt', 'peak_memory',
            'open_run', 'in_bfloat16', 'EpochSampler', 'plain_head', 'labelled_loss', 'Trainer', 'FiniteGradients',
-           'make_trainer', 'shorten', 'train', 'out_of_memory', 'smaller_batch', 'plot_curves', 'load_run']
+           'make_trainer', 'shorten', 'train', 'out_of_memory', 'smaller_batch', 'settled_dtype', 'plot_curves',
+           'load_run']
 
 # %% ../nbs/04_train.ipynb #eb153d7e
 import logging
@@ -54,7 +55,7 @@ from ftnb.format import (
     prompt_for,
     same_answer,
 )
-from .model import generate, load_model, load_tokenizer, lora_config
+from .model import generate, load_model, load_tokenizer, lora_config, pick_dtype
 from .plan import InputError, Recipe, atomic_dir, progress, write_text
 from .review import require_review
 
@@ -611,12 +612,24 @@ def _within_memory(recipe, splits, out, model, tokenizer, max_answers):
         )
 
 # %% ../nbs/04_train.ipynb #38fa8962
+def settled_dtype(
+    recipe: Recipe,  # its dtype may be auto
+    out: Path,  # the run's folder
+) -> str:  # float32 | bfloat16
+    "What `auto` was when the run began: it is measured, and a busy machine may measure otherwise when it resumes."
+    if recipe.method == "full" or recipe.dtype != "auto":
+        return "float32" if recipe.method == "full" else recipe.dtype
+    held = out / "dtype.json"
+    if not held.exists():
+        write_text(held, json.dumps(str(pick_dtype()).removeprefix("torch.")))
+    return json.loads(held.read_text(encoding="utf-8"))
+
+
 def _train(recipe, splits, out, model, tokenizer, max_answers, size):
     logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
     tokenizer = tokenizer or load_tokenizer(recipe.model, recipe.template, recipe.revision)
     if model is None:
-        dtype = "float32" if recipe.method == "full" else recipe.dtype
-        model = load_model(recipe.model, dtype, recipe.method, recipe.revision)
+        model = load_model(recipe.model, settled_dtype(recipe, out), recipe.method, recipe.revision)
     remove_torn(out / "checkpoints")
     last = last_checkpoint(out / "checkpoints")
     done_steps = int(last.name.rsplit("-", 1)[1]) if last else 0

@@ -106,9 +106,9 @@ def page():
         page.set_default_timeout(60_000)
         try:
             yield page
+        finally:
             if SHOTS:
                 page.screenshot(path=str(Path(SHOTS) / "page.png"))
-        finally:
             browser.close()
 
 
@@ -125,11 +125,16 @@ def press(page, key, then):
 
 
 def run_notebook(page):
-    "Runs the notebook's cells by JupyterLab's own command, once its kernel answers."
-    page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
-    page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for()
-    page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')")
+    "Runs the notebook's cell by JupyterLab's own command, once the status bar says that its kernel is there."
+    idle = page.get_by_text("Python 3 (ipykernel) | Idle")
+    idle.wait_for()
+    page.wait_for_timeout(1000)  # the status bar is a little ahead of the session
+    page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells'); }")  # not awaited
     page.locator(".ftnb-review").wait_for()
+    page.locator(
+        ".jp-InputPrompt", has_text="[1]:"
+    ).wait_for()  # done; until then the notebook takes the focus
+    idle.wait_for()
 
 
 def dark(page, on):
@@ -153,7 +158,7 @@ CONTRAST = """() => {
 def test_keys_decide_rows_and_the_file_holds_them(lab, page):
     address, root = lab
     said = []
-    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("pageerror", lambda error: said.append(f"{error}\n{error.stack}"))
     page.goto(address)
     run_notebook(page)
     widget = page.locator(".ftnb-review")
@@ -166,8 +171,9 @@ def test_keys_decide_rows_and_the_file_holds_them(lab, page):
         lambda: [(e.id, e.action, e.field) for e in load_edits(root / "edits.jsonl")],
     )
 
+    widget.locator("strong").click()  # the notebook gives the focus away
     widget.focus()
-    assert widget.evaluate("n => getComputedStyle(n).outlineStyle") == "solid", "focus cannot be seen"
+    sync_api.expect(widget).to_have_css("outline-style", "solid")  # focus can be seen
     shot(page, "light")
     assert page.evaluate(CONTRAST) >= 4.5
     dark(page, True)
@@ -205,11 +211,12 @@ def test_keys_decide_rows_and_the_file_holds_them(lab, page):
     assert page.locator(".jp-Notebook .jp-RawCell").count() == 0
 
     press(page, "k", "Saved: keep")
+    sync_api.expect(widget.locator("strong")).to_have_text("Row 5 of 5")
     press(page, "k", "Saved: keep")
-    assert widget.locator("strong").inner_text() == "All 5 rows decided"
+    sync_api.expect(widget.locator("strong")).to_have_text("All 5 rows decided")
     assert path()[-2:] == [("r4", "keep", ""), ("r2", "keep", "")]
     shot(page, "done")
-    assert not said, said
+    assert not [e for e in said if "/static/lab/" not in e], said  # JupyterLab's own are not ours
     for line in edits.read_text("utf-8").splitlines():
         assert json.loads(line)["reviewer"] == "ann"
 
