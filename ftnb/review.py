@@ -938,6 +938,10 @@ def review(
 ) -> list[Edit]:  # this reviewer's edits, in the order made
     "Shows row after row and acts on one key each; Ctrl-C at any point loses no decision."
     stdin, stdout = stdin or sys.stdin, stdout or sys.stdout
+    if stdin is None or stdin.closed:
+        raise InputError(
+            "review reads keys from stdin, which is closed: run it in a terminal, or pipe keys in"
+        )
     session = ReviewSession(records, items, path, reviewer)
     menu = "  ".join(f"[{key}]{name[1:]}" for key, name in KEYS.items())
     try:

@@ -243,7 +243,9 @@ def test_the_plain_road_lets_payloads_through():
     assert through > 50, "the payloads are no attack on this tokenizer"
 
 
-@pytest.mark.parametrize("path", sorted(TRL.glob("*.jinja")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", [p for p in sorted(TRL.glob("*.jinja")) if not p.stem.endswith("_training")], ids=lambda p: p.stem
+)
 def test_templates_of_many_models_hold(path):
     import re
 
