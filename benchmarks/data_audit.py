@@ -880,7 +880,7 @@ def other(data: Path, limit: int | None = None) -> dict:
 SECTIONS = {"planted": planted, "real": real, "labels": labels, "other": other}
 
 
-def colleague(name, data, out):
+def beside(name, data, out):
     from importlib import import_module
 
     sys.path.insert(0, str(Path(__file__).parent))
@@ -898,7 +898,7 @@ def main(
     result = {}
     for name in sections:
         print(f"\n## {name}")
-        result[name] = SECTIONS[name](data, limit) if name in SECTIONS else colleague(name, data, out)
+        result[name] = SECTIONS[name](data, limit) if name in SECTIONS else beside(name, data, out)
     if out:
         Path(out).write_text(
             json.dumps(result, indent=1, default=str, ensure_ascii=False) + "\n", encoding="utf-8"
