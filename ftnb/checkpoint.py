@@ -9,7 +9,6 @@ __all__ = ['MANIFEST', 'save_state', 'load_state', 'random_state', 'set_random_s
            'last_checkpoint', 'remove_torn', 'WholeCheckpoints']
 
 # %% ../nbs/03b_checkpoint.ipynb #1c11ec0e
-import hashlib
 import json
 import os
 import random
@@ -23,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.trainer_utils import rotate_checkpoints
 
-from .plan import InputError, write_text
+from .plan import InputError, sha256, sync, write_text
 
 # %% ../nbs/03b_checkpoint.ipynb #91c06dc1
 def _pack(value, tensors):
@@ -107,21 +106,6 @@ def set_random_state(
 MANIFEST = "manifest.json"
 
 
-def _digest(path):
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path):
-    if os.name == "nt" and path.is_dir():
-        return
-    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def seal(
     folder: str | Path,  # a checkpoint, all files written
 ) -> Path:  # the manifest, written last
@@ -129,11 +113,11 @@ def seal(
     folder = Path(folder)
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
     for path in files:
-        _flush(path)
+        sync(path)
     for path in {folder, *(p.parent for p in files)}:
-        _flush(path)
+        sync(path)
     table = {
-        p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": _digest(p)} for p in files
+        p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files
     }
     return write_text(folder / MANIFEST, json.dumps({"files": table}, indent=1))
 
@@ -157,7 +141,7 @@ def faults(
             found.append(f"{name} is missing")
         elif path.stat().st_size != size:
             found.append(f"{name} has {path.stat().st_size:,} bytes, {size:,} were written")
-        elif _digest(path) != digest:
+        elif sha256(path) != digest:
             found.append(f"{name} has changed")
     return found
 

@@ -342,16 +342,14 @@ def prepare(
         if source.drop_leaked:
             raise InputError("--drop-leaked needs test rows of your own: --test-data FILE")
         shares, stable = (recipe.val, recipe.test, recipe.seed), recipe.split == "stable"
-        splits, leaks = split(kept, *shares, min_test=recipe.min_test, stable=stable), []
+        splits, leaks = split(kept, *shares, min_test=recipe.min_test, stable=stable), AuditReport()
     else:
         held, more, bad = read(recipe, source, source.test_data)
         said, rejected = said + more, rejected + bad
         splits, leaks, told = own_test(recipe, kept, held, source.drop_leaked)
         said += told
     issues = tuple(find_issues(records, recipe.task))
-    return Prepared(
-        tuple(records), splits, issues, AuditReport(leaks), tuple(said), tuple(rejected), len(kept)
-    )
+    return Prepared(tuple(records), splits, issues, leaks, tuple(said), tuple(rejected), len(kept))
 
 # %% ../nbs/07_cli.ipynb #8ed187f5
 def say(
@@ -532,8 +530,7 @@ def audit_in_pieces(
         found = audit_stream(
             source.data, recipe.task, place / "sketch", test=source.test_data or None, **asked
         )
-        lines = (json.dumps(asdict(issue), ensure_ascii=False) + "\n" for issue in found)
-        write_text(place / "issues.jsonl", "".join(lines))
+        found.save(place / "issues.jsonl")
     finally:
         if not out:
             shutil.rmtree(place, ignore_errors=True)
@@ -769,7 +766,7 @@ def deploy(
     names, folder = words(kinds, KINDS, "--kinds"), finished(run)
     from ftnb.deploy import Agreement, Artifact, export, verify, write_report
     from ftnb.evaluate import Report
-    from ftnb.train import Run, read_jsonl
+    from ftnb.train import Run
 
     done = Run.load(folder)
     if find_spec("llama_cpp") is None and any(name.startswith("gguf") for name in names):
@@ -799,7 +796,7 @@ def deploy(
     reports = [
         Report.load(path) for name in SYSTEMS if (path := folder / "reports" / f"{name}.json").exists()
     ]
-    issues = [Issue(**row) for row in read_jsonl(folder / "audit" / "issues.jsonl")]
+    issues = AuditReport.load(folder / "audit" / "issues.jsonl")
     advice = done.recipe.check(len(done.splits.train))
     written = write_report(done, reports, comparisons_of(reports), agreements, issues, advice)
     say(f"report       {written}")

@@ -1519,6 +1519,23 @@ class AuditReport(list):
         rank = {"error": 0, "warning": 1, "note": 2}
         super().__init__(sorted(issues, key=lambda i: (rank[i.severity], -len(i.ids), i.kind)))
 
+    def save(self, path: str | Path) -> Path:  # the file written
+        "One JSON object an issue and line."
+        lines = (json.dumps(asdict(issue), ensure_ascii=False) + "\n" for issue in self)
+        return write_text(path, "".join(lines))
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,  # a file that `save` wrote; need not exist
+    ) -> "AuditReport":
+        "An equal report; an absent file is an empty one."
+        path = Path(path)
+        lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+        rows = [json.loads(line) for line in lines if line]
+        lists = ("ids", "patch", "sides")  # tuples, in JSON
+        return cls(Issue(**row | {k: tuple(row.get(k, ())) for k in lists}) for row in rows)
+
     def _repr_markdown_(self):
         if not self:
             return "No issue found."

@@ -29,7 +29,7 @@ from statistics import NormalDist
 import numpy as np
 
 from .data import Record, normalise
-from .format import parse_frame, prompt_for, same_answer
+from .format import json_value, parse_frame, prompt_for, same_answer
 from .plan import InputError, Recipe, write_text
 
 # %% ../nbs/05_evaluate.ipynb #a852aab4
@@ -125,18 +125,11 @@ FRAME_SCHEMA = {
 }
 
 
-def _no_constant(word):
-    raise ValueError(f"{word} is not JSON")
-
-
 def json_object(
     text: str,  # an answer
 ) -> dict | None:
     "The JSON object that the whole text spells, or None: text around it or NaN in it is not JSON."
-    try:
-        value = json.loads(text, parse_constant=_no_constant)
-    except (ValueError, RecursionError):
-        return None
+    value = json_value(text)
     return value if isinstance(value, dict) else None
 
 

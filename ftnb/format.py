@@ -10,7 +10,7 @@ __all__ = ['INSTRUCTION_TEMPLATE', 'ROLES', 'CLOCK', 'TOOLS', 'TOOL_RESULT', 'PO
            'encode_answer', 'tool_form', 'attacks', 'Encoded', 'encode', 'show_mask', 'fitting', 'encode_dataset',
            'TokenLengths', 'token_lengths', 'plot_token_lengths', 'Fitted', 'fit_turns', 'fit', 'FitReport',
            'fit_records', 'audit_lengths', 'MaskProof', 'mask_proof', 'plot_mask', 'template_hash', 'contract',
-           'parse_frame', 'same_answer']
+           'parse_frame', 'json_value', 'same_answer']
 
 # %% ../nbs/02_format.ipynb #4162b2b3
 import hashlib
@@ -1172,7 +1172,11 @@ def parse_frame(
     return frame if all(isinstance(v, str) for s in slots for v in s.values()) else None
 
 # %% ../nbs/02_format.ipynb #4f00002b
-def _json_value(text):
+def json_value(
+    text: str,  # an answer
+) -> dict | list | None:
+    "The JSON object or list that the whole text spells, or None: text around it or NaN in it is not JSON."
+
     def no_constant(word):
         raise ValueError(word)
 
@@ -1197,7 +1201,7 @@ def _calls_said(text):
     found = parse_calls(text)
     if found:
         return found[1]
-    call = _json_value(text)
+    call = json_value(text)
     if isinstance(call, dict) and "parameters" in call:  # Llama 3 spells it so
         call = {"arguments" if k == "parameters" else k: v for k, v in call.items()}
     return [call] if _is_call(call) else None
@@ -1226,5 +1230,5 @@ def same_answer(
         return not left
     if parse_frame(expected):
         return _frame_key(expected) == _frame_key(given)
-    wanted = _json_value(expected)
-    return wanted is not None and _same_value(wanted, _json_value(given))
+    wanted = json_value(expected)
+    return wanted is not None and _same_value(wanted, json_value(given))

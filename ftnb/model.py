@@ -12,7 +12,6 @@ __all__ = ['DEFAULT_MODEL', 'WHEELS', 'UNPACKING', 'KINDS', 'HUB_FILES', 'quiet'
 # %% ../nbs/03_model.ipynb #b10b1b37
 import difflib
 import errno
-import hashlib
 import importlib.util
 import inspect
 import json
@@ -31,7 +30,7 @@ from pathlib import Path
 import torch
 
 from .format import set_template, stop_ids
-from .plan import InputError, Recipe, atomic_dir, cache_dir, need_space
+from .plan import InputError, Recipe, atomic_dir, cache_dir, need_space, sha256
 from .plan import progress as bar_over
 
 # %% ../nbs/03_model.ipynb #31a58efa
@@ -71,8 +70,7 @@ KINDS = f"an alias ({', '.join(WHEELS)}), a folder, a .gguf file, or a hub id (o
 
 @lru_cache
 def _sha256(path, size, changed):
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+    return sha256(path)
 
 
 def _digest(path):

@@ -6,14 +6,15 @@ Docs: https://ftnb.github.io/ftnb/plan.html.md"""
 
 # %% auto #0
 __all__ = ['CHOICES', 'WHOLE', 'REAL', 'PRESETS', 'GUIDE', 'FAMILIES', 'ARCHES', 'InputError', 'free_bytes', 'need_space',
-           'write_bytes', 'write_text', 'atomic_dir', 'progress', 'cache_dir', 'Recipe', 'Advice', 'advise',
-           'ModelChoice', 'choose_model', 'Arch', 'linear_shapes', 'adapter_params', 'adapter_bytes',
+           'sha256', 'sync', 'write_bytes', 'write_text', 'atomic_dir', 'progress', 'cache_dir', 'Recipe', 'Advice',
+           'advise', 'ModelChoice', 'choose_model', 'Arch', 'linear_shapes', 'adapter_params', 'adapter_bytes',
            'arch_from_config', 'memory_estimate', 'Fit', 'fits', 'plot_memory', 'BreakEven', 'break_even',
            'plot_break_even']
 
 # %% ../nbs/00_plan.ipynb #5f7d1012
 import difflib
 import errno
+import hashlib
 import json
 import math
 import os
@@ -88,7 +89,18 @@ def _beside(path):
     return path.with_name(f".ftnb-{secrets.token_hex(6)}.tmp")
 
 
-def _sync(path):
+def sha256(
+    path: str | Path,  # file
+) -> str:  # 64 hexadecimal digits
+    "SHA-256 of a file's bytes."
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def sync(
+    path: Path,  # file or folder
+) -> None:
+    "What was written to `path` is on the disk when this returns."
     windows = os.name == "nt"
     if windows and path.is_dir():
         return  # Windows cannot open a folder to flush it
@@ -110,9 +122,9 @@ def write_bytes(
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             beside.write_bytes(data)
-            _sync(beside)
+            sync(beside)
             os.replace(beside, target)
-            _sync(target.parent)
+            sync(target.parent)
         finally:
             beside.unlink(missing_ok=True)
     return Path(path)
@@ -152,7 +164,7 @@ def atomic_dir(
 def _swap_in(new, target, replace):
     for inner in (*new.rglob("*"), new):
         if not inner.is_symlink():
-            _sync(inner)
+            sync(inner)
     old = _beside(target)
     if target.exists():
         os.replace(target, old) if replace else target.rmdir()
@@ -162,7 +174,7 @@ def _swap_in(new, target, replace):
         if old.exists():
             os.replace(old, target)
         raise
-    _sync(target.parent)
+    sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 # %% ../nbs/00_plan.ipynb #3670cf53

@@ -46,7 +46,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from .checkpoint import WholeCheckpoints, last_checkpoint, remove_torn
-from .data import AuditReport, Issue, Splits, leakage, leaked_rows, refuse_leakage
+from .data import AuditReport, Splits, leakage, leaked_rows, refuse_leakage
 from ftnb.format import (
     contract,
     encode_dataset,
@@ -244,10 +244,8 @@ class Run:
     @property
     def leaked(self) -> dict[str, str]:
         "Test rows that training has seen, each with the kind of leak; empty unless leakage was allowed."
-        found = read_jsonl(self.dir / "leakage.jsonl")
-        return leaked_rows(
-            [Issue(**i | {"sides": tuple(i["sides"])}) for i in found if i["severity"] == "error"]
-        )
+        found = AuditReport.load(self.dir / "leakage.jsonl")
+        return leaked_rows([issue for issue in found if issue.severity == "error"])
 
     @property
     def contract(self) -> dict:
@@ -565,8 +563,7 @@ def train(
         ) from None
     try:
         begun = open_run(recipe, splits, out)
-        lines = (json.dumps(asdict(issue), ensure_ascii=False) + "\n" for issue in found)
-        write_text(out / "leakage.jsonl", "".join(lines))
+        found.save(out / "leakage.jsonl")
         write_text(out / "shortened.jsonl", "".join(json.dumps(row) + "\n" for row in shortened))
         if begun and (out / "run.json").exists():
             return Run.load(out)

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ftnb import data
@@ -36,14 +36,9 @@ from ftnb.data import (
     tool_call_text,
 )
 from ftnb.plan import InputError
+from toys import quick
 
-quick = settings(
-    max_examples=80,
-    deadline=None,
-    database=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-)
+thorough = settings(quick, max_examples=80)
 
 
 def put(folder, name, content):
@@ -276,7 +271,7 @@ line = st.one_of(
 )
 
 
-@quick
+@thorough
 @given(st.lists(line, min_size=1, max_size=12))
 def test_json_lines_of_any_bytes_lose_nothing(tmp_path_factory, lines):
     good = [
@@ -312,7 +307,7 @@ START = {
 }
 
 
-@quick
+@thorough
 @given(st.binary(max_size=60) | st.lists(line, max_size=9).map(b",\n".join), st.sampled_from([*START]))
 def test_any_bytes_are_read_or_refused(tmp_path_factory, content, suffix):
     content = START[suffix] + content
@@ -328,7 +323,7 @@ def test_any_bytes_are_read_or_refused(tmp_path_factory, content, suffix):
     assert all(raw_bytes(r) in content for r in found.rejected)
 
 
-@quick
+@thorough
 @given(
     st.one_of(
         st.binary(max_size=200),
@@ -543,7 +538,7 @@ texts = st.lists(st.sampled_from(words), min_size=2, max_size=9).map(" ".join)
 batch = st.lists(st.tuples(texts, st.sampled_from("ab")), min_size=8, max_size=40)
 
 
-@quick
+@thorough
 @given(batch, st.lists(st.tuples(texts, st.sampled_from("abc")), max_size=12), st.integers(0, 50))
 def test_new_rows_move_only_what_they_merge(first, second, seed):
     rows = [row(f"r{i}", *pair) for i, pair in enumerate([*first, *second])]

@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -44,16 +44,10 @@ from ftnb.format import (
     turn_end,
 )
 from ftnb.plan import InputError, Recipe
+from toys import quick
 
 STAR = Path(os.environ.get("FTNB_SHARED") or ROOT.parent / "shared") / "data/star/train.jsonl"
 TRL = Path(pytest.importorskip("trl").__file__).parent / "chat_templates"
-quick = settings(
-    max_examples=60,
-    deadline=None,
-    database=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-)
 
 # Minimal templates of three families, written for these tests.
 CHATML = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}

@@ -7,11 +7,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+from hypothesis import HealthCheck, settings
+
 from conftest import ROOT
 
 FAST = (
     "epochs=1 batch_size=8 accumulation=1 evals_per_epoch=1 max_new_tokens=4 max_length=256 shots=1 r=4 alpha=8"
 ).split()
+
+quick = settings(
+    max_examples=60,
+    deadline=None,
+    database=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
 
 
 def toy_model(folder: Path) -> Path:
