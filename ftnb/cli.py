@@ -8,9 +8,9 @@ Docs: https://ftnb.github.io/ftnb/cli.html.md"""
 __all__ = ['USER_ERRNO', 'STORE_ROWS', 'STORE', 'RECIPES', 'SYSTEMS', 'KINDS', 'VERBS', 'QUIET', 'user_error', 'guarded',
            'parse_value', 'Source', 'Parser', 'add_flags', 'recipe_flags', 'data_recipe', 'recipe_from', 'digest',
            'Prepared', 'own_test', 'read', 'reviewed', 'prepare', 'say', 'tell', 'Steps', 'clear', 'room', 'plan',
-           'audit', 'review', 'audit_in_pieces', 'describe', 'write_evidence', 'advise', 'train', 'words', 'finished',
-           'Answers', 'evaluate', 'run_key', 'comparisons_of', 'headline', 'deploy', 'agreed', 'size', 'serve',
-           'free_port', 'run', 'parser', 'main', 'dispatch']
+           'audit', 'review', 'in_tokens', 'refuse_long', 'audit_in_pieces', 'describe', 'write_evidence', 'advise',
+           'train', 'words', 'finished', 'Answers', 'evaluate', 'run_key', 'comparisons_of', 'headline', 'deploy',
+           'agreed', 'size', 'serve', 'free_port', 'run', 'parser', 'main', 'dispatch']
 
 # %% ../nbs/07_cli.ipynb #9931b718
 import argparse
@@ -478,6 +478,7 @@ def audit(
     if stream:
         return audit_in_pieces(recipe, source, out)
     prepared = prepare(recipe, source)
+    prepared = replace(prepared, issues=(*in_tokens(recipe, prepared.records), *prepared.issues))
     describe(prepared, limit=12)
     if out:
         with atomic_dir(out) as folder:
@@ -512,6 +513,32 @@ def review(
     decided = len({edit.id for edit in made})
     say(f"reviewed     {decided} of {len(items)} rows, in {out}; next: ftnb run --edits {out}")
     return Path(out)
+
+
+def in_tokens(
+    recipe: Recipe,  # its model, system prompt, max_length and max_new_tokens
+    records: tuple[Record, ...],  # rows
+) -> list[Issue]:  # nothing, and a line that says why, where the model's tokenizer is not at hand
+    "What the tokenizer finds: rows longer than `max_length`, prompts without room, answers that would be cut."
+    from ftnb.format import audit_lengths
+    from ftnb.model import load_tokenizer
+
+    try:
+        tokenizer = load_tokenizer(recipe.model, recipe.template, recipe.revision)
+    except InputError as error:
+        say(f"tokens       not counted: {error}", "yellow")
+        return []
+    return audit_lengths(tokenizer, records, recipe)
+
+
+def refuse_long(
+    recipe: Recipe,  # its truncation policy may allow long rows
+    issues: list[Issue],  # from `in_tokens`
+) -> None:
+    "Passes when every row can be trained on; raises `InputError` with the lengths and what would help."
+    for issue in issues:
+        if issue.severity == "error" and (recipe.truncation == "refuse" or issue.kind == "unwritable"):
+            raise InputError(f"{issue.text}; {issue.fix}; first: {', '.join(issue.ids[:3])}")
 
 
 def audit_in_pieces(
@@ -603,11 +630,17 @@ def train(
         refuse_leakage(prepared.leaks)
     advise(recipe, len(prepared.splits.train))
     say("train        loading PyTorch and the model", "dim")
+    from ftnb.format import audit_lengths
     from ftnb.model import load_tokenizer, resolve
     from ftnb.train import train as fit
 
     model = resolve(recipe.model, recipe.revision)
-    load_tokenizer(recipe.model, recipe.template, recipe.revision)
+    tokenizer = load_tokenizer(recipe.model, recipe.template, recipe.revision)
+    long = audit_lengths(tokenizer, [r for _, rows in prepared.splits.items() for r in rows], recipe)
+    refuse_long(recipe, long)
+    prepared = replace(prepared, issues=(*long, *prepared.issues))
+    for issue in long:
+        say(f"audit        {issue.severity}: {issue.text}", "yellow")
     finished = (folder / "run.json").exists()
     if not finished:
         need_space(folder, room(model))

@@ -10,8 +10,8 @@ __all__ = ['PRE_TOKENIZERS', 'ARCHITECTURES', 'QUANTISED', 'KINDS', 'NUMBERS', '
            'write_gguf', 'open_gguf', 'quantize', 'tensor_types', 'export', 'TorchEngine', 'LlamaEngine',
            'load_for_generation', 'tokenizer_agreement', 'golden_answers', 'Agreement', 'verify', 'plot_sizes',
            'plot_agreement', 'recommend', 'ChatRequest', 'chat_request', 'Spelling', 'Busy', 'Desk', 'spoken',
-           'problem', 'make_app', 'listen', 'serve', 'serving', 'Table', 'Picture', 'Section', 'report_html',
-           'report_markdown', 'write_report']
+           'before_call', 'said_or_called', 'problem', 'make_app', 'listen', 'serve', 'serving', 'Table', 'Picture',
+           'Section', 'report_html', 'report_markdown', 'write_report']
 
 # %% ../nbs/06_deploy.ipynb #e9f089ea
 import asyncio
@@ -61,7 +61,7 @@ from ftnb.evaluate import (
     rate,
     wilson,
 )
-from .format import encode_prompt, messages_for, prompt_for, render, stop_ids, template_hash
+from .format import ROLES, calls_said, messages_for, prompt_for, render, stop_ids, template_hash
 from .model import Generation, generate, load_model, load_tokenizer, quiet, resolve
 from .plan import InputError, Recipe, atomic_dir, need_space, sha256, write_bytes, write_text
 from .train import Run
@@ -553,10 +553,11 @@ def _choose(logits, temperature, top_p, rng):
 class _Engine:
     "What both engines share: prompts in, whole answers out."
 
-    def prompt(self, messages: list[dict]) -> list[int]:  # token ids
-        "Turns as the ids that training used; the run's system prompt where the turns bring none."
-        record = Record("request", tuple(messages), "")
-        return encode_prompt(self.tokenizer, messages_for(record, self.system))
+    def prompt(self, messages: list[dict], tools: tuple[dict, ...] = ()) -> list[int]:  # token ids
+        "Turns and tools as the ids that training used; the run's system prompt where the turns bring none."
+        return prompt_for(
+            self.tokenizer, Record("request", tuple(messages), "", tools=tuple(tools)), self.system
+        )
 
     def answer(self, ids: list[int], max_new_tokens: int = 96) -> Generation:
         "One greedy answer."
@@ -698,14 +699,13 @@ def load_for_generation(
 # %% ../nbs/06_deploy.ipynb #1d0c9933
 def tokenizer_agreement(
     engine: LlamaEngine,  # a GGUF export
-    prompts: list[list[dict]],  # conversations, as messages
-) -> list[dict]:  # one for each that differs: text, position, ours, theirs; empty = all agree
+    records: list[Record],  # their turns and tools; answers are not looked at
+) -> list[dict]:  # one for each that differs: id, text, position, ours, theirs; empty = all agree
     "Where llama.cpp's own tokenizer, given the rendered prompt as text, departs from the ids of training."
     found = []
-    for messages in prompts:
-        record = Record("request", tuple(messages), "")
-        turns = messages_for(record, engine.system)
-        ours, text = encode_prompt(engine.tokenizer, turns), render(engine.tokenizer, turns)
+    for r in records:
+        ours = prompt_for(engine.tokenizer, r, engine.system)
+        text = render(engine.tokenizer, messages_for(r, engine.system), r.tools)
         theirs = engine.model.tokenize(text.encode(), add_bos=False, special=True)
         if ours != theirs:
             at = next(
@@ -713,7 +713,8 @@ def tokenizer_agreement(
             )
             found.append(
                 {
-                    "text": messages[-1]["content"],
+                    "id": r.id,
+                    "text": r.messages[-1]["content"],
                     "position": at,
                     "ours": ours[at : at + 3],
                     "theirs": theirs[at : at + 3],
@@ -837,13 +838,13 @@ def verify(
     begun = time.perf_counter()
     engine = load_for_generation(artifact)
     try:
-        prompts = [engine.prompt(r.messages) for r in rows]
+        prompts = [engine.prompt(r.messages, r.tools) for r in rows]
         next(iter(engine.stream(prompts[0], 1)), None)
         load_s = time.perf_counter() - begun
         got = engine.generate(prompts, run.recipe.max_new_tokens)
         speed = _seconds(engine, prompts[:8], run.recipe.max_new_tokens)
         gguf = isinstance(engine, LlamaEngine)
-        differs = len(tokenizer_agreement(engine, [list(r.messages) for r in rows])) if gguf else None
+        differs = len(tokenizer_agreement(engine, rows)) if gguf else None
     finally:
         engine.close()
     same = sum((a.ids, a.stopped) == (b.ids, b.stopped) for a, b in zip(wanted, got))
@@ -937,7 +938,8 @@ def recommend(
 class ChatRequest:
     "A request that can be answered."
 
-    messages: tuple[dict, ...]  # role and content
+    messages: tuple[dict, ...]  # role and content, or tool_calls
+    tools: tuple[dict, ...] = ()  # functions the model may call, as JSON schemas
     max_tokens: int = 256  # of the answer
     stream: bool = False  # piece by piece
     temperature: float = 0.0  # 0 = greedy, as the run was scored
@@ -954,7 +956,6 @@ NUMBERS = {
     "seed": (int, 0, 2**32 - 1),
 }
 NOT_DONE = (
-    "tools",
     "functions",
     "logprobs",
     "logit_bias",
@@ -965,16 +966,34 @@ NOT_DONE = (
 
 
 def _turn(number, turn):
-    if not isinstance(turn, dict) or turn.get("role") not in ("system", "user", "assistant", "tool"):
-        raise InputError(f"messages[{number}] needs a role: system, user, assistant or tool")
-    content = turn.get("content")
+    roles = {"developer": "system"} | {role: role for role in ROLES}
+    if not isinstance(turn, dict) or turn.get("role") not in roles:
+        raise InputError(f"messages[{number}] needs a role: {', '.join(ROLES)}")
+    role, content, called = roles[turn["role"]], turn.get("content"), turn.get("tool_calls")
+    if called and (role != "assistant" or not isinstance(called, list)):
+        raise InputError(f"messages[{number}]: tool_calls is a list of calls in an assistant's turn")
     if isinstance(content, list) and all(
         isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in content
     ):
         content = "".join(p["text"] for p in content)
-    if not isinstance(content, str):
+    if not isinstance(content, str) and not (called and content is None):
         raise InputError(f"messages[{number}] needs text content")
-    return {"role": turn["role"], "content": content}
+    more = {"tool_calls": called} if called else {}
+    more |= {key: turn[key] for key in ("name", "tool_call_id") if isinstance(turn.get(key), str)}
+    return {"role": role, "content": content or "", **more}
+
+
+def _offered(asked):
+    tools, chosen = asked.get("tools") or [], asked.get("tool_choice")
+    for n, tool in enumerate(tools if isinstance(tools, list) else [None]):
+        function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise InputError(f'tools[{n}] must be {{"type": "function", "function": {{"name": ...}}}}')
+    if chosen not in (None, "auto", "none"):
+        raise InputError('tool_choice must be "auto" or "none": this server does not force a call')
+    if asked.get("parallel_tool_calls") is False:
+        raise InputError("parallel_tool_calls must be true: this server does not limit the number of calls")
+    return () if chosen == "none" else tuple(tools)
 
 # %% ../nbs/06_deploy.ipynb #c18f6c0e
 def _no_constant(word):
@@ -1019,9 +1038,8 @@ def chat_request(
         if not isinstance(asked.get(name), (kind, type(None))):
             raise InputError(f"{name} must be {'true or false' if kind is bool else 'text'}")
     turns = tuple(_turn(i, turn) for i, turn in enumerate(asked["messages"]))
-    return ChatRequest(
-        turns, **given, stop=tuple(stop), stream=bool(asked.get("stream")), model=asked.get("model")
-    )
+    more = {"stop": tuple(stop), "stream": bool(asked.get("stream")), "model": asked.get("model")}
+    return ChatRequest(turns, _offered(asked), **given, **more)
 
 # %% ../nbs/06_deploy.ipynb #70c456b8
 class Spelling:
@@ -1109,6 +1127,39 @@ async def spoken(
     await tokens.aclose()
     yield spelling.add(None), "stop" if spelling.ended or n < request.max_tokens else "length"
 
+# %% ../nbs/06_deploy.ipynb #9a23cbda
+def before_call(
+    text: str,  # an answer so far
+) -> str:  # the part that is no call, whatever follows
+    "What may be shown while an answer is still being written, where it may end in calls."
+    if text.lstrip()[:1] in ("", "{"):
+        return ""
+    mark, cut = "\n<tool_call>", text.find("<tool_call>")
+    if cut < 0:
+        parts = (mark[start:end] for start in (0, 1) for end in range(len(mark), start, -1))
+        cut = len(text) - max((len(part) for part in parts if text.endswith(part)), default=0)
+    return text[:cut].removesuffix("\n")
+
+
+async def said_or_called(
+    pieces,  # pairs of new text and finish reason, from `spoken`
+    tools: tuple[dict, ...] = (),  # without one, all is text
+):
+    "Triples of new text, finish reason and calls; calls come at the end, as OpenAI's clients read them."
+    whole = shown = ""
+    async for text, reason in pieces:
+        whole += text
+        found = calls_said(whole) if tools and reason == "stop" else None
+        new = found[0] if found else before_call(whole) if tools and reason is None else whole
+        new, shown = new[len(shown) :], max(shown, new, key=len)
+        made = [
+            {"id": f"call_{os.urandom(12).hex()}", "type": "function"}
+            | {"function": call | {"arguments": json.dumps(call["arguments"], ensure_ascii=False)}}
+            for call in (found[1] if found else ())
+        ]
+        if new or reason:
+            yield new, "tool_calls" if made else reason, made
+
 # %% ../nbs/06_deploy.ipynb #07b9612d
 def _chat_body(kind, name, choice, **more):
     made = {
@@ -1127,10 +1178,20 @@ async def _events(pieces, name, first):
 
     made = f"chatcmpl-{os.urandom(8).hex()}"
     yield line({"role": "assistant", "content": ""})
-    yield line({"content": first[0]}, first[1])
-    async for text, reason in pieces:
-        yield line({"content": text}, reason)
+    async for text, reason, calls in _chain(first, pieces):
+        if calls:
+            yield line(
+                {"content": text or None, "tool_calls": [{"index": n} | c for n, c in enumerate(calls)]}
+            )
+            text = ""
+        yield line({"content": text} if text or not calls else {}, reason)
     yield "data: [DONE]\n\n"
+
+
+async def _chain(first, pieces):
+    yield first
+    async for piece in pieces:
+        yield piece
 
 
 async def _body(request, limit=1_000_000, seconds=10):
@@ -1156,7 +1217,7 @@ async def _chat(desk, name, request):
     asked = chat_request(body)
     if asked.model not in (None, "", name):
         return problem(404, f"no model {asked.model!r} here; the one served is {name!r}")
-    ids = desk.engine.prompt(list(asked.messages))
+    ids = desk.engine.prompt(list(asked.messages), asked.tools)
     room = desk.engine.context - len(ids)
     if room < 1:
         return problem(
@@ -1165,15 +1226,18 @@ async def _chat(desk, name, request):
     asked = replace(asked, max_tokens=min(asked.max_tokens, room))
     spelling = Spelling(desk.engine.tokenizer, asked.stop)
     pieces = spoken(desk.tokens(ids, asked, request.is_disconnected), spelling, asked)
+    pieces = said_or_called(pieces, asked.tools)
     first = await anext(pieces)
     if asked.stream:
         return StreamingResponse(_events(pieces, name, first), media_type="text/event-stream")
     said = [first, *[piece async for piece in pieces]]
     usage = {"prompt_tokens": len(ids), "completion_tokens": len(spelling.ids)}
     usage["total_tokens"] = sum(usage.values())
-    message = {"role": "assistant", "content": "".join(text for text, _ in said)}
+    text, (_, reason, calls) = "".join(text for text, *_ in said), said[-1]
+    message = {"role": "assistant", "content": text if text or not calls else None}
+    message |= {"tool_calls": calls} if calls else {}
     return JSONResponse(
-        _chat_body("chat.completion", name, {"message": message, "finish_reason": said[-1][1]}, usage=usage)
+        _chat_body("chat.completion", name, {"message": message, "finish_reason": reason}, usage=usage)
     )
 
 

@@ -10,7 +10,7 @@ __all__ = ['INSTRUCTION_TEMPLATE', 'ROLES', 'CLOCK', 'TOOLS', 'TOOL_RESULT', 'PO
            'encode_answer', 'tool_form', 'attacks', 'Encoded', 'encode', 'show_mask', 'fitting', 'encode_dataset',
            'TokenLengths', 'token_lengths', 'plot_token_lengths', 'Fitted', 'fit_turns', 'fit', 'FitReport',
            'fit_records', 'audit_lengths', 'MaskProof', 'mask_proof', 'plot_mask', 'template_hash', 'contract',
-           'parse_frame', 'json_value', 'same_answer']
+           'parse_frame', 'json_value', 'calls_said', 'same_answer']
 
 # %% ../nbs/02_format.ipynb #4162b2b3
 import hashlib
@@ -307,6 +307,7 @@ class _Guard:
     starts: frozenset  # what such a spelling may begin with
     ends: frozenset  # what it may end with
     inside: frozenset  # what may stand within it
+    unk: str  # the unk token's spelling: its id may stand for a letter, but not for this text
 
     def edges(self, text):
         text = text.strip()
@@ -315,8 +316,8 @@ class _Guard:
         return head, next((n for n in longest if text[len(text) - n :] in self.starts), 0)
 
 
-def _guard_for(tokens):
-    words = sorted({str(token) for token in tokens.values()}, key=lambda w: (-len(w), w))
+def _guard_for(tokens, unk):
+    words = sorted({str(token) for token in tokens.values()} | {unk} - {""}, key=lambda w: (-len(w), w))
     return _Guard(
         frozenset(tokens),
         re.compile("|".join(map(re.escape, words)) or "(?!)"),
@@ -325,6 +326,7 @@ def _guard_for(tokens):
         frozenset(
             w[a:b] for w in words for a in range(len(w)) for b in range(a + 1, min(a + 40, len(w)) + 1)
         ),
+        unk,
     )
 
 
@@ -337,7 +339,8 @@ def _read_off(tokenizer):
     wrote = {i: t for i, t in added.items() if i not in special and str(t) in layout}
     acts = {i: t for i, t in wrote.items() if not re.search("think|thought|reason", str(t))}
     starts = tokenizer.convert_ids_to_tokens(_ids(tokenizer, "x")[:1])[0].startswith("▁")
-    guards = {"user": _guard_for(special | wrote), "assistant": _guard_for(special | acts)}
+    unk = "" if tokenizer.unk_token_id in (None, *ends) else tokenizer.unk_token
+    guards = {"user": _guard_for(special | wrote, unk), "assistant": _guard_for(special | acts, unk)}
     return {"form": form, "results": results, "adds_space": starts, **guards}
 
 
@@ -369,7 +372,7 @@ def _without_lead(pieces, lead):
 
 def _model_ids(model, piece, guard):
     ids = [token.id for token in model.tokenize(piece)]
-    if guard.ids.isdisjoint(ids):
+    if guard.ids.isdisjoint(ids) and not (guard.unk and guard.unk in piece):
         return ids
     cuts = [0, *(m.start() + 1 for m in guard.spelled.finditer(piece)), len(piece)]
     ids = [t.id for a, b in zip(cuts, cuts[1:]) if a < b for t in model.tokenize(piece[a:b])]
@@ -414,14 +417,15 @@ def _guarded(tokenizer, text, kind, marks):
     read = normal.normalize_str(text).replace("▁", " ") if normal else text
     head, tail = guard.edges(text)
     whole = (kind == "name" and text in guard.inside) or guard.edges(read) != (head, tail)
-    if not (whole or head or tail) and guard.ids.isdisjoint(_ids(tokenizer, text)):
+    forged = guard.unk and guard.unk in text
+    if not (whole or head or tail or forged) and guard.ids.isdisjoint(_ids(tokenizer, text)):
         return text
     start, body = len(text) - len(text.lstrip()), text.strip()
     if whole or head + tail >= len(body):
         return _fence(text, marks)
     end = len(body) - tail
     parts = [body[:head], *re.split(f"({guard.spelled.pattern})", body[head:end]), body[end:]]
-    unsafe = [n in (0, len(parts) - 1) or n % 2 == 0 for n in range(len(parts))]
+    unsafe = [n in (0, len(parts) - 1) or n % 2 == 0 or part == guard.unk for n, part in enumerate(parts)]
     fenced = [
         _fence(part, marks) if part and (bad or not guard.ids.isdisjoint(_ids(tokenizer, part))) else part
         for part, bad in zip(parts, unsafe)
@@ -1197,14 +1201,17 @@ def _same_value(a, b):
     return a == b
 
 
-def _calls_said(text):
+def calls_said(
+    text: str,  # what a model wrote
+) -> tuple[str, list[dict]] | None:  # text before the calls, and calls as {"name", "arguments"}; or None
+    "As `parse_calls`; an answer that is one JSON object with a name and arguments is a call as well."
     found = parse_calls(text)
     if found:
-        return found[1]
+        return found
     call = json_value(text)
     if isinstance(call, dict) and "parameters" in call:  # Llama 3 spells it so
         call = {"arguments" if k == "parameters" else k: v for k, v in call.items()}
-    return [call] if _is_call(call) else None
+    return ("", [call]) if _is_call(call) else None
 
 
 def _frame_key(text):
@@ -1223,7 +1230,7 @@ def same_answer(
     if task == "classification" or given == expected:
         return given == expected
     if found := parse_calls(expected):
-        left = _calls_said(given) or []
+        left = (calls_said(given) or ("", []))[1]
         for call in found[1]:
             at = next((n for n, other in enumerate(left) if _same_value(call, other)), None)
             left = left[:at] + left[at + 1 :] if at is not None else [None, *left]

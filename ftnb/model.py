@@ -164,15 +164,17 @@ def _no_gguf_bar():
         reader.tqdm = drawn
 
 # %% ../nbs/03_model.ipynb #754f1d49
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+HUB_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"]
 
 
-def _from_hub(name, revision):
+def _from_hub(name, revision, weights):
     from huggingface_hub import HfApi, errors, snapshot_download
 
-    want = {"revision": revision, "allow_patterns": HUB_FILES}
+    want = {"revision": revision, "allow_patterns": HUB_FILES if weights else HUB_FILES[:-1]}
     try:
-        return Path(snapshot_download(name, local_files_only=True, **want))
+        folder = Path(snapshot_download(name, local_files_only=True, **want))
+        if not weights or any(folder.glob("*.safetensors")):
+            return folder
     except Exception:  # not in the cache
         pass
     try:
@@ -194,6 +196,7 @@ def _from_hub(name, revision):
 def resolve(
     name: str | Path,  # alias, folder, .gguf file, or hub id
     revision: str | None = None,  # hub branch, tag or commit
+    weights: bool = True,  # False: a hub model's weights are not downloaded
 ) -> Path:  # folder with config.json, safetensors and tokenizer
     "The folder that holds a model; a GGUF is unpacked into the cache once. Raises `InputError` for anything else."
     name, path = str(name), Path(name).expanduser()
@@ -211,7 +214,7 @@ def resolve(
         )
         raise InputError(f"model {name}: the folder holds {found}; a model is {KINDS}")
     if re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and path.suffix.lower() != ".gguf":
-        return _from_hub(name, revision)
+        return _from_hub(name, revision, weights)
     near = difflib.get_close_matches(name, WHEELS, n=1)
     raise InputError(
         f"model {name}: not found; " + (f"did you mean {near[0]}?" if near else f"a model is {KINDS}")
@@ -298,7 +301,7 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     own = Path(name).expanduser()
-    folder = own if (own / "tokenizer_config.json").is_file() else resolve(name, revision)
+    folder = own if (own / "tokenizer_config.json").is_file() else resolve(name, revision, False)
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

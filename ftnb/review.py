@@ -839,11 +839,11 @@ def _visible(text):
 
 @contextmanager
 def _single_keys(stdin):
-    if os.name == "nt" and stdin.isatty():
+    if os.name == "nt":
         import msvcrt
 
         yield msvcrt.getwch
-    elif stdin.isatty():
+    else:
         import termios
         import tty
 
@@ -853,8 +853,6 @@ def _single_keys(stdin):
             yield lambda: _typed(stdin.fileno())
         finally:
             termios.tcsetattr(stdin, termios.TCSADRAIN, before)
-    else:
-        yield lambda: stdin.read(1)
 
 
 def _typed(terminal):
@@ -864,11 +862,15 @@ def _typed(terminal):
     return "" if key == b"\x04" else key.decode("ascii", "replace")
 
 
-def _key(stdin):
+def _key(stdin):  # key and reason; "" at the end, None where the reason is asked for
+    if not stdin.isatty():  # a pipe: a decision is a line
+        line = next((line.strip() for line in stdin if line.strip()), "")
+        key, reason = line[:1].lower(), line[1:].strip()
+        return (line, "") if reason and KEYS.get(key) not in ("edit", "reject") else (key, reason)
     with _single_keys(stdin) as read:
         while (key := read()) and (key.isspace() or not key.isprintable()):
             pass
-    return key.lower()
+    return key.lower(), None
 
 # %% ../nbs/01c_review.ipynb #e8559010
 def _ask(stdin, stdout, question):
@@ -916,15 +918,16 @@ def _show(session, stdout):
     print("\n".join(["", *lines]), file=stdout)
 
 
-def _step(session, action, stdin, stdout):
+def _step(session, action, reason, stdin, stdout):
     if action == "undo":
         print(f"undone: {session.undo() or 'nothing to undo'}", file=stdout)
     elif action == "skip":
         session.skip()
     else:
         more = _edited(session.row, stdin, stdout) if action == "edit" else {}
-        reason = _ask(stdin, stdout, "why (Enter: no reason):") if action != "keep" else ""
-        made = session.decide(action, reason=reason, **more)
+        if reason is None and action != "keep":
+            reason = _ask(stdin, stdout, "why (Enter: no reason):")
+        made = session.decide(action, reason=reason or "", **more)
         print(f"saved: {_told(made[0])}", file=stdout)
 
 
@@ -933,7 +936,7 @@ def review(
     items: Iterable[Item],  # from `queue`
     path: str | Path,  # patch file; an existing one is continued
     reviewer: str,  # name or initials
-    stdin=None,  # where keys come from; None: the terminal
+    stdin=None,  # where keys come from; None: the terminal. A pipe: one key a line, a reason after it
     stdout=None,  # where rows are shown; None: the terminal
 ) -> list[Edit]:  # this reviewer's edits, in the order made
     "Shows row after row and acts on one key each; Ctrl-C at any point loses no decision."
@@ -948,15 +951,15 @@ def review(
         while session.waiting:
             _show(session, stdout)
             print(menu, end=" ", file=stdout, flush=True)
-            key = _key(stdin)
+            key, reason = _key(stdin)
             print(key, file=stdout)
             if KEYS.get(key, "quit" if not key else "") == "quit":
                 break
             if key not in KEYS:
-                print(f"no key {key!r}", file=stdout)
+                print(f"no key {_visible(key)!r}" + ", one a line" * (len(key) > 1), file=stdout)
                 continue
             try:
-                _step(session, KEYS[key], stdin, stdout)
+                _step(session, KEYS[key], reason, stdin, stdout)
             except (InputError, OSError, subprocess.CalledProcessError) as error:
                 print(f"not saved: {error}", file=stdout)
     except (KeyboardInterrupt, EOFError):

@@ -85,3 +85,26 @@ def test_a_reviewer_has_a_name_and_a_group_column_exists(folder):
     assert done.returncode == 2 and "customer" in done.stderr
     done = call(folder, "audit", "--drop-leaked")
     assert done.returncode == 2 and "--test-data" in done.stderr
+
+
+def test_long_rows_are_counted_in_tokens_by_the_audit_and_refused_before_training(folder):
+    pairs = rows(90)[:72]
+    pairs[7] = (" ".join(f"{text}" for text, _ in pairs[20:40]), pairs[7][1])
+    (folder / "long.csv").write_text(table(pairs), "utf-8")
+    words = ["--task", "classification", "--model", folder / "model", *SETS, "--set", "max_length=96"]
+    done = ftnb("audit", "--data", "long.csv", *words, "--out", "measured", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "1 of 72 rows have more than max_length 96 tokens" in done.stdout
+    issues = [json.loads(line) for line in (folder / "measured/audit/issues.jsonl").open(encoding="utf-8")]
+    (long,) = [i for i in issues if i["kind"] == "over-long"]
+    assert long["ids"] == ["long.csv:9"] or long["ids"][0].endswith("9"), long["ids"]
+    done = ftnb("train", "--data", "long.csv", *words, "--out", "refused", cwd=folder)
+    assert done.returncode == 2 and not (folder / "refused").exists(), done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert "1 of" in line and "max_length 96" in line and long["ids"][0] in line
+
+
+def test_an_audit_without_the_tokenizer_says_so(folder):
+    done = ftnb("audit", "--data", "train.csv", "--model", "nobody/nothing", cwd=folder, HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stderr
+    assert "tokens       not counted: model nobody/nothing" in done.stdout

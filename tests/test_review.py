@@ -167,8 +167,20 @@ def items():
 
 def test_keys_from_a_pipe_and_going_on_later(tmp_path):
     path, shown = tmp_path / "edits.jsonl", io.StringIO()
-    first = review(ROWS, items(), path, "ann", stdin=io.StringIO("kr\nskq"), stdout=shown)
+    first = review(
+        ROWS,
+        items(),
+        path,
+        "ann",
+        stdin=io.StringIO("k\nr \nsk\ns\n\nr no request\ne better\n\nprice\nq\n"),
+        stdout=shown,
+    )
     assert [(e.id, e.action) for e in first][:2] == [("r0", "keep"), ("r1", "reject")]
+    assert [e.reason for e in first if e.action == "reject"] == ["", "no request"]
+    assert [(e.field, e.after, e.reason) for e in first if e.field == "completion"] == [
+        ("completion", "price", "better")
+    ]
+    assert "no key 'sk', one a line" in shown.getvalue()
     assert "looked at for a test" in shown.getvalue() and "1/8" in shown.getvalue()
     shown = io.StringIO()
     review(ROWS, items(), path, "ann", stdin=io.StringIO("q"), stdout=shown)
