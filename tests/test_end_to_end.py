@@ -7,7 +7,8 @@ import re
 import pytest
 
 from ftnb.cli import main
-from toys import FAST, ftnb, toy_model, write_format
+from ftnb.data import Splits
+from toys import FAST, ftnb, rows, toy_model, write_format
 
 FORMATS = [
     "csv",
@@ -20,6 +21,7 @@ FORMATS = [
     "messages",
     "sharegpt",
 ]
+WHOLE = ("csv", "parquet", "messages")  # the others differ from these in how they are read, and only in that
 KINDS = ("adapter", "merged", "gguf-q8_0", "gguf-q4_k_m")
 
 
@@ -50,14 +52,27 @@ def check_run(out):
     assert recipe["task"] == "classification"
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-def test_every_format_to_a_report(kind, tmp_path, model, capsys, monkeypatch):
+@pytest.mark.parametrize("kind", WHOLE)
+def test_every_kind_of_file_to_a_report(kind, tmp_path, model, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "run"
     code = main(options(write_format(kind, tmp_path), model, out))
     shown = capsys.readouterr()
     assert code == 0, shown.err
     check_run(out)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FORMATS if kind not in WHOLE])
+def test_every_other_format_to_a_run_on_the_same_rows(kind, tmp_path, model, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *options(write_format(kind, tmp_path), model, "run")[1:]]) == 0, (
+        capsys.readouterr().err
+    )
+    assert (tmp_path / "run/adapter/adapter_model.safetensors").exists()
+    splits = Splits.load(tmp_path / "run/splits")
+    kept = [r for _, side in splits.items() for r in side]
+    found = sorted((r.text.removeprefix("Name the kind of message.").strip(), r.completion) for r in kept)
+    assert found == sorted(rows())
 
 
 def test_second_run_reuses_and_another_recipe_is_refused(tmp_path, model):
