@@ -9,8 +9,8 @@ __all__ = ['USER_ERRNO', 'STORE_ROWS', 'STORE', 'RECIPES', 'SYSTEMS', 'KINDS', '
            'parse_value', 'Source', 'Parser', 'add_flags', 'recipe_flags', 'data_recipe', 'recipe_from', 'digest',
            'Prepared', 'own_test', 'read', 'reviewed', 'prepare', 'say', 'tell', 'Steps', 'clear', 'room', 'plan',
            'audit', 'review', 'in_tokens', 'refuse_long', 'audit_in_pieces', 'describe', 'write_evidence', 'advise',
-           'train', 'words', 'finished', 'Answers', 'evaluate', 'run_key', 'comparisons_of', 'headline', 'deploy',
-           'agreed', 'size', 'serve', 'free_port', 'run', 'parser', 'main', 'dispatch']
+           'train', 'values_of', 'sweep', 'words', 'finished', 'Answers', 'evaluate', 'run_key', 'comparisons_of',
+           'headline', 'deploy', 'agreed', 'size', 'serve', 'free_port', 'run', 'parser', 'main', 'dispatch']
 
 # %% ../nbs/07_cli.ipynb #9931b718
 import argparse
@@ -455,12 +455,24 @@ def plan(
     say(f"model        {choice.billions:g}B {choice.kind}: {choice.why}")
     warmup = recipe.warmup(rows)
     say(f"steps        {recipe.total_steps(rows)} of {recipe.effective_batch} rows, {warmup} of them warm-up")
-    shape = ARCHES[arch] if arch in ARCHES else arch_from_config(arch)
+    from ftnb.memory import SHAPES, card_fit
+
+    known = ARCHES.get(arch) or SHAPES.get(arch)
+    shape = known or arch_from_config(arch)
     parts = memory_estimate(
         shape, recipe.method, recipe.r, recipe.target_modules, recipe.batch_size, length, checkpointing=True
     )
     need = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
-    say(f"memory       {sum(parts.values()) / 1e9:.1f} GB for {shape.name} by {recipe.method} ({need})")
+    name = shape.name if arch in ARCHES else arch
+    say(
+        f"memory       {sum(parts.values()) / 1e9:.1f} GB for {name} by {recipe.method}, checkpointing ({need})"
+    )
+    for card in (24, 16):
+        try:
+            say(f"card         {card_fit(arch, card, recipe, tokens=length)}")
+        except InputError as error:  # a family whose memory is not counted part by part
+            say(f"card         {error}", "yellow")
+            break
     for advice in recipe.check(rows):
         say(str(advice), "yellow")
     if save:
@@ -630,6 +642,7 @@ def train(
         refuse_leakage(prepared.leaks)
     advise(recipe, len(prepared.splits.train))
     say("train        loading PyTorch and the model", "dim")
+    from ftnb.diagnose import diagnose
     from ftnb.format import audit_lengths
     from ftnb.model import load_tokenizer, resolve
     from ftnb.train import train as fit
@@ -655,7 +668,62 @@ def train(
     best = f"best step {done.best_step} of {done.metrics['steps']}"
     match = f"{done.metrics['eval_match']:.1%} of {done.metrics['eval_n']} validation rows right"
     tell("train", None if finished else time.monotonic() - began, f"{best}, {match}")
+    seen = diagnose(done)
+    seen.save(folder / "diagnosis.json")
+    for finding in seen:
+        say(f"diagnosis    {finding}", "dim" if finding.severity == "note" else "yellow")
     return folder
+
+# %% ../nbs/07_cli.ipynb #1b7b8b84
+def values_of(
+    text: str,  # FIELD=VALUE,VALUE; several fields separated by semicolons
+) -> dict[str, list]:  # recipe field -> values in its own type
+    "What `--grid` lists; raises `InputError` that names the field."
+    found = {}
+    for part in filter(None, (p.strip() for p in text.split(";"))):
+        name, equals, listed = part.partition("=")
+        values = [v.strip() for v in listed.split(",") if v.strip()]
+        if not equals or not values:
+            raise InputError(f"--grid takes FIELD=VALUE,VALUE, got {part!r}")
+        found[name.strip()] = [parse_value(name.strip(), value) for value in values]
+    for name, values in found.items():
+        for value in values:
+            Recipe().replace(**{name: value})
+    if not found:
+        raise InputError("--grid takes at least one FIELD=VALUE,VALUE")
+    return found
+
+
+def sweep(
+    recipe: Recipe,  # the values are put into it; its own are tried as well
+    source: Source = STORE_ROWS,  # where the records come from
+    grid: str = "learning_rate=1e-4,2e-4,3e-4",  # FIELD=VALUE,VALUE;FIELD=VALUE,VALUE: every combination is tried
+    rows: int = 400,  # training rows to use
+    answers: int = 100,  # validation rows to ask
+    out: str = "",  # folder; without it runs/ and the recipe's name with -sweep
+    save: str = "",  # write the recommended recipe to this .toml or .json file
+) -> Recipe:  # the recommended one
+    "Try settings on part of the rows, stop the poor ones early, say which is shown to be better; goes on where it stopped."
+    tried, folder = values_of(grid), Path(out or Path("runs") / f"{recipe.name}-sweep")
+    prepared = prepare(recipe, source)
+    describe(prepared)
+    require_review(prepared.splits.train, recipe.domain)
+    refuse_leakage(prepared.leaks)
+    say("sweep        loading PyTorch and the model", "dim")
+    from ftnb.sweep import grid as combined
+    from ftnb.sweep import plot_sweep, verdict
+    from ftnb.sweep import sweep as search
+
+    found = search(recipe, prepared.splits, combined(**tried), folder, rows, answers)
+    for trial in found.trials:
+        share = f"{trial.share:.1%} of {found.n} right" if trial.curve else trial.why
+        say(f"{trial.state:<12} {trial.seconds:6.1f} s  {trial}: {share}")
+    for line in verdict(found):
+        say(f"             {line}")
+    plot_sweep(found).savefig(folder / "sweep.png", dpi=150)
+    if save:
+        say(f"saved        {found.best_recipe.save(save)}")
+    return found.best_recipe
 
 # %% ../nbs/07_cli.ipynb #73e2621d
 SYSTEMS = ("base", "few-shot", "tuned", "tfidf")
@@ -906,7 +974,7 @@ def run(
     return folder
 
 # %% ../nbs/07_cli.ipynb #f9b39b9f
-VERBS = (plan, audit, review, train, evaluate, deploy, serve, run)
+VERBS = (plan, audit, review, sweep, train, evaluate, deploy, serve, run)
 QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",

@@ -27,8 +27,11 @@ ORDER = [
     "format",
     "model",
     "checkpoint",
+    "memory",
     "train",
+    "diagnose",
     "evaluate",
+    "sweep",
     "deploy",
     "cli",
 ]
