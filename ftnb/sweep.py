@@ -8,13 +8,13 @@ Docs: https://ftnb.github.io/ftnb/sweep.html.md"""
 __all__ = ['grid', 'checked', 'subset', 'Trial', 'Told', 'Sweep', 'verdict', 'plot_sweep', 'sweep', 'with_own', 'update_seconds',
            'tune_batch']
 
-# %% ../nbs/05b_sweep.ipynb #c0ca523b
+# %% ../nbs/05b_sweep.ipynb #eaf055c4
 import logging
 
-# %% ../nbs/05b_sweep.ipynb #45185a88
+# %% ../nbs/05b_sweep.ipynb #e34e8276
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a kernel it misses on CPUs
 
-# %% ../nbs/05b_sweep.ipynb #dc5c0889
+# %% ../nbs/05b_sweep.ipynb #0d559741
 import difflib
 import importlib.util
 import itertools
@@ -38,7 +38,7 @@ from .model import generate, load_model, load_tokenizer
 from .plan import InputError, Recipe, write_text
 from .train import Evidence, check_before, gate, make_trainer, out_of_memory, read_jsonl, settled_dtype
 
-# %% ../nbs/05b_sweep.ipynb #930375f1
+# %% ../nbs/05b_sweep.ipynb #2f5e93f9
 def grid(
     **values: Iterable,  # fields of `Recipe`, each with a list of values to try
 ) -> list[dict]:  # every combination, the last field varying fastest
@@ -68,7 +68,7 @@ def checked(
         raise InputError("sweep: give at least one setting, and at least one field in each")
     return found
 
-# %% ../nbs/05b_sweep.ipynb #abdfb81f
+# %% ../nbs/05b_sweep.ipynb #a9b063fa
 def subset(
     records: Iterable[Record],  # training rows
     rows: int,  # how many to keep, at least 1
@@ -88,7 +88,7 @@ def subset(
     first = set(sorted(place, key=place.get)[:rows])
     return [r for r in records if r.id in first]
 
-# %% ../nbs/05b_sweep.ipynb #3031eaab
+# %% ../nbs/05b_sweep.ipynb #a3e65a84
 @dataclass(frozen=True)
 class Trial:
     "One setting, and how far it came."
@@ -127,7 +127,7 @@ class Told(TrainerCallback):
         if state.global_step < state.max_steps and self.trial.should_prune():
             self.stopped = control.should_training_stop = True
 
-# %% ../nbs/05b_sweep.ipynb #6a1d67e8
+# %% ../nbs/05b_sweep.ipynb #8d0be30d
 def _fit(recipe, part, out, made, tokenizer, told, rows):
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
@@ -161,7 +161,7 @@ def _try(study, number, settings, recipe, part, out, made, tokenizer, rows):
     study.tell(asked, **value)
     return Trial(settings, state, tuple(told.curve), right, round(time.monotonic() - began, 2), why)
 
-# %% ../nbs/05b_sweep.ipynb #c112272b
+# %% ../nbs/05b_sweep.ipynb #60d3f177
 @dataclass(frozen=True)
 class Sweep:
     "Settings that were tried on the same rows, and what was seen of each."
@@ -199,7 +199,7 @@ class Sweep:
         "The recipe with the chosen setting."
         return self.recipe.replace(**self.chosen.settings)
 
-# %% ../nbs/05b_sweep.ipynb #3c7d975e
+# %% ../nbs/05b_sweep.ipynb #75d1998c
 def verdict(
     found: Sweep,  # with at least one finished trial
 ) -> list[str]:  # sentences
@@ -268,7 +268,7 @@ def plot_sweep(
     plt.close(fig)
     return fig
 
-# %% ../nbs/05b_sweep.ipynb #2c92fc34
+# %% ../nbs/05b_sweep.ipynb #3ecf764e
 def _opened(out, key, keep):
     if importlib.util.find_spec("optuna") is None:
         raise InputError("a sweep needs optuna; run: pip install 'ftnb[sweep]'")
@@ -358,7 +358,7 @@ def _trial(line):
         }
     )
 
-# %% ../nbs/05b_sweep.ipynb #5306bb5e
+# %% ../nbs/05b_sweep.ipynb #2961e337
 def update_seconds(
     recipe: Recipe,  # its batch_size times accumulation rows make an update
     splits: Splits,  # the rows
