@@ -72,6 +72,7 @@ def base_model(tokenizer, steps=400, seed=0):
     "A two-layer Llama taught another rule over the same words; in two of three rows its answer runs on."
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     from ftnb.format import encode_dataset
     from ftnb.plan import Recipe
@@ -91,27 +92,17 @@ def base_model(tokenizer, steps=400, seed=0):
         tail = ["and", draw.choice(FILLER), *"so on and on and on".split()]
         known[i] = record(known[i].id, known[i].text.split(), " ".join([known[i].completion, *tail]))
     data = encode_dataset(tokenizer, known, Recipe(max_length=128))
-    rows = list(zip(data["input_ids"], data["labels"]))
+    rows, batch_of = list(data), DataCollatorForLanguageModeling(tokenizer.pad_token_id)
     adam = torch.optim.AdamW(model.parameters(), lr=3e-3)
     plan = torch.optim.lr_scheduler.OneCycleLR(adam, 3e-3, total_steps=steps, pct_start=0.1)
     for _ in range(steps):
-        loss = labelled_loss(model, _batch(draw.sample(rows, 32), tokenizer.pad_token_id))
+        loss = labelled_loss(model, batch_of(draw.sample(rows, 32)))
         adam.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adam.step()
         plan.step()
     return model
-
-
-def _batch(rows, pad):
-    import torch
-
-    length = max(len(ids) for ids, _ in rows)
-    fill = lambda values, with_: torch.tensor([v + [with_] * (length - len(v)) for v in values])  # noqa: E731
-    ids, labels = [r[0] for r in rows], [r[1] for r in rows]
-    mask = fill([[1] * len(v) for v in ids], 0)
-    return {"input_ids": fill(ids, pad), "attention_mask": mask, "labels": fill(labels, -100)}
 
 
 # What is planted: settings, rows, and for some a hand in the machinery

@@ -128,24 +128,19 @@ def clock(trainer) -> list[float]:
 
 def run(spec: dict) -> dict:
     "Train once, then the loss on the validation rows."
-    from contextlib import nullcontext
-
     import torch
-    from peft.helpers import disable_input_dtype_casting
 
-    from ftnb.train import in_bfloat16, peak_memory
+    from ftnb.train import peak_memory
 
     torch.set_num_threads(2)
     trainer = ours(spec) if spec["way"] == "ftnb" else trls(spec, spec["way"] == "tuned")
     same_adapter(trainer, spec["seed"])
-    cast = spec["way"] != "ftnb" or not in_bfloat16(trainer.model)
     seconds = clock(trainer)
-    with nullcontext() if cast else disable_input_dtype_casting(trainer.model):
-        trainer.train()
-        memory = peak_memory()
-        timed = seconds[WARMUP:]
-        start = time.perf_counter()
-        loss = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    memory = peak_memory()
+    timed = seconds[WARMUP:]
+    start = time.perf_counter()
+    loss = trainer.evaluate()["eval_loss"]
     return {
         "way": spec["way"],
         "rows_per_second": spec["batch"] * len(timed) / sum(timed),
@@ -184,27 +179,18 @@ def floor(spec: dict) -> dict:
     "Seconds of the products an update cannot do without, timed at the model's shapes; tokens counted once a batch."
     import torch
 
-    from ftnb.format import encode_dataset
-    from ftnb.model import load_model, load_tokenizer
     from ftnb.train import share
 
     torch.set_num_threads(2)
-    recipe, splits = recipe_for(spec), splits_for(spec)
-    tokenizer, model = load_tokenizer(recipe.model), load_model(recipe.model, spec["dtype"])
-    rows, counts = encode_dataset(tokenizer, splits.train, recipe), []
+    trainer = ours(spec)
+    rows, model, counts = trainer.train_dataset, trainer.model.unload(), []
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
     for at in range(0, len(order) - spec["batch"] + 1, spec["batch"]):
-        batch = [rows[i] for i in order[at : at + spec["batch"]]]
-        width = max(len(r["input_ids"]) for r in batch)
-        padded = {
-            "input_ids": [r["input_ids"] + [0] * (width - len(r["input_ids"])) for r in batch],
-            "labels": [r["labels"] + [-100] * (width - len(r["labels"])) for r in batch],
-            "attention_mask": [
-                [1] * len(r["input_ids"]) + [0] * (width - len(r["input_ids"])) for r in batch
-            ],
-        }
-        laid = share({k: torch.tensor(v) for k, v in padded.items()})
-        counts.append((laid.ids.numel(), int((laid.targets != -100).sum()), width * len(batch), laid.prefix))
+        batch = trainer.data_collator([rows[i] for i in order[at : at + spec["batch"]]])
+        laid = share(batch)
+        counts.append(
+            (laid.ids.numel(), int((laid.targets != -100).sum()), batch["labels"].numel(), laid.prefix)
+        )
     tokens, graded = (round(statistics.mean(c[k] for c in counts)) for k in (0, 1))
     head = model.get_output_embeddings()
     shapes = {}

@@ -9,8 +9,9 @@ __all__ = ['USER_ERRNO', 'STORE_ROWS', 'STORE', 'RECIPES', 'SYSTEMS', 'KINDS', '
            'parse_value', 'Source', 'Parser', 'add_flags', 'recipe_flags', 'data_recipe', 'recipe_from', 'digest',
            'Prepared', 'own_test', 'read', 'reviewed', 'prepare', 'say', 'tell', 'Steps', 'clear', 'room', 'plan',
            'audit', 'review', 'in_tokens', 'refuse_long', 'audit_in_pieces', 'describe', 'write_evidence', 'advise',
-           'train', 'values_of', 'sweep', 'words', 'finished', 'Answers', 'evaluate', 'run_key', 'comparisons_of',
-           'headline', 'deploy', 'agreed', 'size', 'serve', 'free_port', 'run', 'parser', 'main', 'dispatch']
+           'prepare_training', 'train', 'values_of', 'sweep', 'words', 'finished', 'Answers', 'evaluate', 'run_key',
+           'comparisons_of', 'headline', 'deploy', 'agreed', 'size', 'serve', 'free_port', 'run', 'parser', 'main',
+           'dispatch']
 
 # %% ../nbs/07_cli.ipynb #9931b718
 import argparse
@@ -457,8 +458,7 @@ def plan(
     say(f"steps        {recipe.total_steps(rows)} of {recipe.effective_batch} rows, {warmup} of them warm-up")
     from ftnb.memory import SHAPES, card_fit
 
-    known = ARCHES.get(arch) or SHAPES.get(arch)
-    shape = known or arch_from_config(arch)
+    shape = ARCHES.get(arch) or SHAPES.get(arch) or arch_from_config(arch)
     parts = memory_estimate(
         shape, recipe.method, recipe.r, recipe.target_modules, recipe.batch_size, length, checkpointing=True
     )
@@ -624,6 +624,20 @@ def advise(
         say(f"advice       {notes} notes more: ftnb plan --rows {rows}", "dim")
 
 
+def prepare_training(
+    recipe: Recipe,  # its domain may ask for reviewed rows
+    source: Source,  # where the records come from
+    allow_leakage: bool = False,  # True: a leaking test is described, not refused
+) -> Prepared:
+    "As `prepare`, described; raises `InputError` for rows that must not be trained on."
+    prepared = prepare(recipe, source)
+    describe(prepared)
+    require_review(prepared.splits.train, recipe.domain)
+    if not allow_leakage:
+        refuse_leakage(prepared.leaks)
+    return prepared
+
+
 def train(
     recipe: Recipe,  # everything that decides the run
     source: Source = STORE_ROWS,  # where the records come from
@@ -635,11 +649,7 @@ def train(
     folder = Path(out or Path("runs") / recipe.name)
     if fresh:
         clear(folder)
-    prepared = prepare(recipe, source)
-    describe(prepared)
-    require_review(prepared.splits.train, recipe.domain)
-    if not allow_leakage:
-        refuse_leakage(prepared.leaks)
+    prepared = prepare_training(recipe, source, allow_leakage)
     advise(recipe, len(prepared.splits.train))
     say("train        loading PyTorch and the model", "dim")
     from ftnb.diagnose import diagnose
@@ -659,7 +669,7 @@ def train(
         need_space(folder, room(model))
     began, fresh = time.monotonic(), not folder.exists()
     try:
-        done = fit(recipe, prepared.splits, folder, allow_leakage=allow_leakage)
+        done = fit(recipe, prepared.splits, folder, tokenizer=tokenizer, allow_leakage=allow_leakage)
     except InputError:
         if fresh and not any(folder.glob("checkpoints/*")):
             shutil.rmtree(folder, ignore_errors=True)
@@ -705,10 +715,7 @@ def sweep(
 ) -> Recipe:  # the recommended one
     "Try settings on part of the rows, stop the poor ones early, say which is shown to be better; goes on where it stopped."
     tried, folder = values_of(grid), Path(out or Path("runs") / f"{recipe.name}-sweep")
-    prepared = prepare(recipe, source)
-    describe(prepared)
-    require_review(prepared.splits.train, recipe.domain)
-    refuse_leakage(prepared.leaks)
+    prepared = prepare_training(recipe, source)
     say("sweep        loading PyTorch and the model", "dim")
     from ftnb.sweep import grid as combined
     from ftnb.sweep import plot_sweep, verdict

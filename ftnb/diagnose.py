@@ -519,7 +519,8 @@ def plot_diagnosis(
     import matplotlib.pyplot as plt
 
     folder = Path(run.dir if isinstance(run, Run) else run)
-    history, found, said = read_history(folder / "history.jsonl"), run_signals(folder), diagnose(folder)
+    history, found = read_history(folder / "history.jsonl"), run_signals(folder)
+    said = findings(found, Recipe.load(folder / "recipe.json"))
     shape = dict(figsize=(4, 3), dpi=90, sharex=True, height_ratios=(3, 2), layout="constrained")
     fig, (top, low) = plt.subplots(2, 1, **shape)
     _lines(top, low, history)

@@ -6,10 +6,10 @@ Docs: https://ftnb.github.io/ftnb/plan.html.md"""
 
 # %% auto #0
 __all__ = ['CHOICES', 'WHOLE', 'REAL', 'PRESETS', 'GUIDE', 'FAMILIES', 'ARCHES', 'InputError', 'free_bytes', 'need_space',
-           'sha256', 'sync', 'write_bytes', 'write_text', 'atomic_dir', 'progress', 'cache_dir', 'Recipe', 'Advice',
-           'advise', 'ModelChoice', 'choose_model', 'Arch', 'linear_shapes', 'adapter_params', 'adapter_bytes',
-           'arch_from_config', 'memory_estimate', 'Fit', 'fits', 'plot_memory', 'BreakEven', 'break_even',
-           'plot_break_even']
+           'sha256', 'sync', 'write_bytes', 'write_text', 'atomic_dir', 'locked', 'progress', 'cache_dir', 'Recipe',
+           'Advice', 'advise', 'ModelChoice', 'choose_model', 'Arch', 'linear_shapes', 'adapter_params',
+           'adapter_bytes', 'config_table', 'arch_from_config', 'memory_estimate', 'Fit', 'fits', 'plot_memory',
+           'BreakEven', 'break_even', 'plot_break_even']
 
 # %% ../nbs/00_plan.ipynb #5f7d1012
 import difflib
@@ -159,6 +159,27 @@ def atomic_dir(
             _swap_in(beside, target, replace)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextmanager
+def locked(
+    folder: str | Path,  # made where it is absent
+):
+    "Nobody else writes into the folder meanwhile; raises `InputError` when another process already does."
+    from filelock import FileLock, Timeout
+
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    lock = FileLock(Path(folder) / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(
+            f"{folder} is being written by another process; wait for it or choose another name"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _swap_in(new, target, replace):
@@ -724,19 +745,29 @@ class Arch:
     vocab: int  # rows of the embedding
     tied: bool = False  # output layer shares the embedding
     head_dim: int = 0  # 0: hidden / heads
+    bias: str = ""  # attention layers with a bias: "" none | qkv | qkvo
+    qk_norm: bool = False  # queries and keys are normalised in each head
+    source: str = ""  # hub repository whose public config.json has these numbers
+
+    @property
+    def head(self) -> int:
+        "Width of one attention head."
+        return self.head_dim or self.hidden // self.heads
 
     @property
     def attention(self) -> tuple[int, int]:
         "Widths of the queries and of the keys."
-        size = self.head_dim or self.hidden // self.heads
-        return self.heads * size, self.kv_heads * size
+        return self.heads * self.head, self.kv_heads * self.head
 
     @property
     def params(self) -> int:
-        "All weights: linear layers, norms, embedding and output layer."
+        "All weights: linear layers, norms, embedding and output layer, and the small ones of some families."
         linear = sum(inputs * outputs for inputs, outputs in linear_shapes(self))
         embedding = self.vocab * self.hidden * (1 if self.tied else 2)
-        return linear + embedding + (2 * self.layers + 1) * self.hidden
+        q, kv = self.attention
+        biases = {"": 0, "qkv": q + 2 * kv, "qkvo": q + 2 * kv + self.hidden}[self.bias]
+        small = self.layers * (biases + 2 * self.head * self.qk_norm)
+        return linear + embedding + (2 * self.layers + 1) * self.hidden + small
 
 
 def linear_shapes(
@@ -781,9 +812,12 @@ def adapter_bytes(
     return adapter_params(shapes, r) * width
 
 
-def _config_table(source):
+def config_table(
+    source: str | Path | dict,  # config.json, its folder, or its contents
+) -> dict:  # the part that describes the text model
+    "A model's config; raises `InputError` for a file that is none."
     if isinstance(source, dict):
-        return source
+        return source.get("text_config") or source
     path = Path(source)
     path = path / "config.json" if path.is_dir() else path
     try:
@@ -794,15 +828,14 @@ def _config_table(source):
         raise InputError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(table, dict):
         raise InputError(f"{path}: a model's config is a table, not a {type(table).__name__}")
-    return table
+    return table.get("text_config") or table
 
 
 def arch_from_config(
     source: str | Path | dict,  # config.json, its folder, or its contents
 ) -> Arch:  # shape of the model
     "The shape a Llama-style config describes; raises `InputError` for other families."
-    table = _config_table(source)
-    table = table.get("text_config") or table
+    table = config_table(source)
     family = str(table.get("model_type", "llama"))
     if family not in FAMILIES:
         raise InputError(

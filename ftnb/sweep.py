@@ -15,7 +15,6 @@ import logging
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a kernel it misses on CPUs
 
 # %% ../nbs/05b_sweep.ipynb #0d559741
-import difflib
 import importlib.util
 import itertools
 import json
@@ -24,19 +23,27 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 from transformers import TrainerCallback
 
 from .data import Record, Splits
 from .evaluate import holm, mcnemar, min_detectable, wilson
 from .format import prompt_for, same_answer
 from .model import generate, load_model, load_tokenizer
-from .plan import InputError, Recipe, write_text
-from .train import Evidence, check_before, gate, make_trainer, out_of_memory, read_jsonl, settled_dtype
+from .plan import InputError, Recipe, locked, write_text
+from ftnb.train import (
+    Evidence,
+    check_before,
+    gate,
+    make_trainer,
+    out_of_memory,
+    read_jsonl,
+    settled_dtype,
+    uncast,
+)
 
 # %% ../nbs/05b_sweep.ipynb #2f5e93f9
 def grid(
@@ -54,14 +61,8 @@ def checked(
     recipe: Recipe | None = None,  # they are put into this one; None: the default
 ) -> list[dict]:  # the same, repeats left out
     "Passes settings that make a recipe; raises `InputError` that names the field."
-    known, found = [f.name for f in fields(Recipe)], []
+    found = []
     for one in settings:
-        for name in one:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                raise InputError(
-                    f"sweep: no recipe field {name!r}" + (f"; did you mean {near[0]}?" if near else "")
-                )
         (recipe or Recipe()).replace(**one)
         found += [] if one in found else [dict(one)]
     if not found or not all(found):
@@ -288,14 +289,6 @@ def _opened(out, key, keep):
     return study
 
 
-def _loader(recipe, out):
-    def made(asked):
-        dtype = settled_dtype(asked, out)
-        return load_model(asked.model, dtype, asked.method, asked.revision)
-
-    return made
-
-
 def sweep(
     recipe: Recipe,  # the settings are put into it
     splits: Splits,  # train and validation rows; test rows are not touched
@@ -314,25 +307,19 @@ def sweep(
     part = Splits(subset(splits.train, rows, recipe.seed), tuple(splits.val)[:answers], (), splits.seed)
     gate(recipe, part)
     tokenizer = tokenizer or load_tokenizer(recipe.model, recipe.template, recipe.revision)
-    out.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise InputError(
-            f"{out} is being written by another process; wait for it or name another folder"
-        ) from None
-    try:
+
+    def load(asked):
+        return load_model(asked.model, settled_dtype(asked, out), asked.method, asked.revision)
+
+    with locked(out):
         key = {"recipe": json.loads(json.dumps(asdict(recipe))), "rows": part.hash, "keep": keep}
-        study, made = _opened(out, key, keep), make_model or _loader(recipe, out)
+        study, made = _opened(out, key, keep), make_model or load
         trials = [_trial(line) for line in read_jsonl(out / "trials.jsonl")]
         for number, one in enumerate(settings):
             if one not in [t.settings for t in trials]:
                 where = out / "trials"
                 trials.append(_try(study, number, one, recipe, part, where, made, tokenizer, list(part.val)))
                 write_text(out / "trials.jsonl", "".join(json.dumps(asdict(t)) + "\n" for t in trials))
-    finally:
-        lock.release()
     asked = [t for t in trials if t.settings in settings]
     return Sweep(recipe, tuple(asked), len(part.train), len(part.val))
 
@@ -377,7 +364,9 @@ def update_seconds(
         for _ in range(repeats + 1):
             began = time.perf_counter()
             for batch in batches:
-                trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=graded).backward()
+                with uncast(trainer.model), trainer.accelerator.autocast():  # as in a run
+                    loss = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=graded)
+                loss.backward()
             times.append(time.perf_counter() - began)
             trainer.model.zero_grad()
         return min(times[1:])

@@ -6,9 +6,9 @@ Docs: https://ftnb.github.io/ftnb/train.html.md"""
 
 # %% auto #0
 __all__ = ['SHARED', 'LONG', 'sft_config', 'choice', 'Evidence', 'read_jsonl', 'Run', 'check_before', 'gate', 'stop_on_interrupt',
-           'peak_memory', 'open_run', 'in_bfloat16', 'EpochSampler', 'plain_head', 'labelled_loss', 'Shared', 'share',
-           'shared_attention', 'can_share', 'shared_loss', 'Trainer', 'FiniteGradients', 'make_trainer', 'shorten',
-           'train', 'out_of_memory', 'smaller_batch', 'settled_dtype', 'plot_curves', 'load_run']
+           'peak_memory', 'open_run', 'in_bfloat16', 'uncast', 'EpochSampler', 'plain_head', 'labelled_loss', 'Shared',
+           'share', 'shared_attention', 'can_share', 'shared_loss', 'Trainer', 'FiniteGradients', 'make_trainer',
+           'shorten', 'train', 'out_of_memory', 'smaller_batch', 'settled_dtype', 'plot_curves', 'load_run']
 
 # %% ../nbs/04_train.ipynb #eb153d7e
 import logging
@@ -28,13 +28,12 @@ import sys
 import threading
 import time
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 from torch.nn import functional as F
@@ -62,7 +61,7 @@ from ftnb.format import (
     same_answer,
 )
 from .model import generate, load_model, load_tokenizer, lora_config, pick_dtype
-from .plan import InputError, Recipe, atomic_dir, progress, write_text
+from .plan import InputError, Recipe, atomic_dir, locked, progress, write_text
 from .review import require_review
 
 # %% ../nbs/04_train.ipynb #dbbf7fb4
@@ -379,6 +378,13 @@ def in_bfloat16(
     "Whether the weights that are not trained are kept in bfloat16."
     return model.get_input_embeddings().weight.dtype == torch.bfloat16
 
+
+def uncast(
+    model,  # any transformers or peft model
+):  # context manager
+    "Inside, peft does not copy activations to float32 where autocast multiplies in bfloat16 all the same."
+    return disable_input_dtype_casting(model, in_bfloat16(model))
+
 # %% ../nbs/04_train.ipynb #c053fbc5
 class EpochSampler(torch.utils.data.Sampler):
     "Row numbers for one epoch: batches of like length in an order that only `seed` and the epoch decide."
@@ -629,6 +635,10 @@ class Trainer(WholeCheckpoints, SFTTrainer):
                     self.shares = False
             return labelled_loss(model, inputs, num_items_in_batch)
 
+    def train(self, *args, **kwargs):
+        with uncast(self.model):
+            return super().train(*args, **kwargs)
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         if not (inputs["labels"] != -100).any():
             self._refuse("no token is graded", inputs)
@@ -740,23 +750,13 @@ def train(
             f"nothing to train on: {len(splits.train)} training, {len(splits.val)} validation rows"
         )
     found = gate(recipe, splits, allow_leakage)
-    out.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise InputError(
-            f"{out} is being written by another process; wait for it or choose another name"
-        ) from None
-    try:
+    with locked(out):
         begun = open_run(recipe, splits, out)
         found.save(out / "leakage.jsonl")
         write_text(out / "shortened.jsonl", "".join(json.dumps(row) + "\n" for row in shortened))
         if begun and (out / "run.json").exists():
             return Run.load(out)
         return _within_memory(recipe, splits, out, model, tokenizer, max_answers)
-    finally:
-        lock.release()
 
 # %% ../nbs/04_train.ipynb #0e09c473
 def out_of_memory(
@@ -822,8 +822,7 @@ def _train(recipe, splits, out, model, tokenizer, max_answers, size):
     trainer = make_trainer(recipe, splits, out, model, tokenizer, [evidence], size)
     check_before(trainer, tokenizer, list(splits.train), recipe.system)
     write_text(out / "contract.json", json.dumps(contract(tokenizer, splits.test, recipe.system), indent=1))
-    uncast = disable_input_dtype_casting(trainer.model) if in_bfloat16(trainer.model) else nullcontext()
-    with stop_on_interrupt(evidence), uncast, warnings.catch_warnings():
+    with stop_on_interrupt(evidence), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         try:
             trainer.train(resume_from_checkpoint=str(last) if last else None)

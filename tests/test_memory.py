@@ -10,9 +10,9 @@ from peft import get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ftnb.memory import RESERVE, SHAPES, Shape, card_fit, measure, memory, plot_fits, shape_of
+from ftnb.memory import RESERVE, SHAPES, card_fit, measure, memory, plot_fits, shape_of
 from ftnb.model import DEFAULT_MODEL, load_model, lora_config, quiet, resolve
-from ftnb.plan import InputError, Recipe
+from ftnb.plan import Arch, InputError, Recipe
 from toys import quick
 
 # as the makers' model cards and papers state them, in 1e9
@@ -68,7 +68,7 @@ def test_weights_are_those_of_the_built_model(name):
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_biases_of_all_attention_layers_are_counted(family):
-    config = config_of(Shape(family, 64, 176, 2, 4, 2, 500, False, 32), attention_bias=True)
+    config = config_of(Arch(family, 64, 176, 2, 4, 2, 500, False, 32), attention_bias=True)
     assert shape_of(config).params == weights_of(config)
 
 
@@ -141,7 +141,7 @@ def shares(want, got):
     return {name: a / b for name, (a, b) in pairs.items()}
 
 
-TOY = Shape("llama", 128, 352, 4, 4, 2, 1000, True)
+TOY = Arch("llama", 128, 352, 4, 4, 2, 1000, True)
 CASES = [
     {},
     {"dtype": "bfloat16"},
@@ -168,7 +168,7 @@ def test_every_part_is_predicted_within_15_percent(changes, sizes, tmp_path):
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_other_families(family, method, tmp_path):
-    shape = Shape(family, 128, 352, 3, 4, 1, 700, family == "qwen2", 48 if family == "qwen3" else 0)
+    shape = Arch(family, 128, 352, 3, 4, 1, 700, family == "qwen2", 48 if family == "qwen3" else 0)
     recipe = Recipe(method=method, r=8, alpha=16, dtype="float32")
     found = shares(memory(config_of(shape), recipe, 2, 64, 8), measured(config_of(shape), recipe, tmp_path))
     assert {k: round(v, 3) for k, v in found.items() if abs(v - 1) > 0.15} == {}
