@@ -1,7 +1,9 @@
-"""Shared by all tests: no network, no display, and a table of notebook seconds before pytest's closing line."""
+"""Shared by all tests: no network, no display, workers side by side, and a table of notebook seconds at the end."""
 
 import os
 import sys
+import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,22 +12,55 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if WORKERS > 1:  # each worker, and what it starts, has its share of the cores
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(Path(__file__).parent))
-SECONDS = pytest.StashKey[dict]()
+ALONE = {"01d_scale", "03_model", "05b_sweep"}  # notebooks that assert how long something takes
 
 
-def pytest_configure(config):
-    config.stash[SECONDS] = {}
+def pytest_collection_modifyitems(items):
+    "A file stays on one worker, as its fixtures are dear; notebooks are dealt out one by one."
+    for item in items:
+        if "notebook" in getattr(item, "fixturenames", ()):
+            if item.callspec.params["notebook"].stem in ALONE:
+                item.add_marker("alone")
+        else:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
-@pytest.fixture
-def seconds(request) -> dict:
-    "Notebook name -> seconds it took."
-    return request.config.stash[SECONDS]
+@contextmanager
+def held(name, exclusive):
+    "A lock that all workers share."
+    import fcntl
+
+    with open(Path(tempfile.gettempdir()) / f"ftnb-tests-{os.getuid()}-{name}", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+        yield
 
 
-def pytest_terminal_summary(terminalreporter, config):
-    for name, took in config.stash[SECONDS].items():
-        terminalreporter.write_line(f"{name:<16} {took:6.1f} s")
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    "A test marked alone runs while no other does: it waits at the door, and nobody passes it there."
+    if WORKERS == 1 or os.name == "nt":
+        return (yield)
+    alone = item.get_closest_marker("alone") is not None
+    with held("door", True):
+        room = held("room", alone)
+        room.__enter__()
+    try:
+        return (yield)
+    finally:
+        room.__exit__(None, None, None)
+
+
+def pytest_terminal_summary(terminalreporter):
+    took = {
+        r.nodeid: r.duration
+        for r in terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
+    }
+    for name, seconds in took.items():
+        if "test_notebook[" in name:
+            terminalreporter.write_line(f"{name.split('[')[1].rstrip(']'):<16} {seconds:6.1f} s")
