@@ -179,7 +179,7 @@ def memory(
     rows: int | None = None,  # rows at once; None: recipe.batch_size
     tokens: int | None = None,  # tokens in each; None: recipe.max_length
     graded: int | None = None,  # answer tokens in each; None: recipe.max_new_tokens
-    checkpointing: bool = False,  # True: each block is computed again in the backward pass
+    checkpointing: bool | None = None,  # True: each block is computed again; None: as the recipe says
     padded: bool = False,  # True: rows differ in length, so attention gets a mask
 ) -> Memory:  # predicted
     "Peak memory of one training step, answers graded, from the model's config alone; raises `InputError`."
@@ -190,6 +190,7 @@ def memory(
     graded = rows * min(answer, tokens)
     wide = recipe.dtype == "float32" or (recipe.dtype == "auto" and recipe.method == "full")
     width = 4 if wide else 2
+    checkpointing = recipe.checkpointing == "on" if checkpointing is None else checkpointing
     kept = _kept(shape, recipe, width, rows, tokens, graded, padded, checkpointing)
     working = _working(shape, recipe, width, rows * tokens, graded, padded, checkpointing, kept)
     return Memory(*_states(shape, recipe, width), kept, 4 * shape.vocab * graded, working)
@@ -319,10 +320,11 @@ def _changes(shape, recipe, rows, tokens, given, usable):
     for method in dict.fromkeys((recipe.method, "lora", "qlora")):
         if (recipe.method, method) == ("qlora", "lora"):
             continue
-        for checkpointing in (False, True):
+        already = given.get("checkpointing") or recipe.checkpointing == "on"
+        for checkpointing in (already, True):
             words = [f"method {method}"] * (method != recipe.method)
-            words += ["gradient checkpointing"] * (checkpointing and not given.get("checkpointing", False))
-            options = given | {"checkpointing": checkpointing or given.get("checkpointing", False)}
+            words += ["checkpointing on"] * (checkpointing and not already)
+            options = given | {"checkpointing": checkpointing}
             tried[" and ".join(words)] = memory(shape, recipe.replace(method=method), rows, tokens, **options)
 
     def need(r, t):

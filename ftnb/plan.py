@@ -231,6 +231,8 @@ CHOICES = {
     "truncation": ("refuse", "drop-oldest-turns", "cut-middle", "cut-input-end"),
     "scheduler": ("cosine", "linear", "constant_with_warmup"),
     "dtype": ("auto", "float32", "bfloat16"),
+    "checkpointing": ("off", "on"),
+    "tracker": ("none", "trackio", "tensorboard"),
 }
 WHOLE = {
     "max_length": (16, 131_072),
@@ -480,6 +482,8 @@ class Recipe(_Length, _Files):
     shots: int = 4  # examples in the few-shot prompt that a tuned model is compared with
     seed: int = 0  # split, order of rows, first adapter weights
     dtype: str = "auto"  # auto | float32 | bfloat16
+    checkpointing: str = "off"  # off | on: activations are computed again in the backward pass
+    tracker: str = "none"  # none | trackio | tensorboard; both write to this machine only
 
     def __post_init__(self):
         _valid_text(self)
