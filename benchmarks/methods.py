@@ -10,7 +10,6 @@ DIR holds arc_easy/test.jsonl, with which forgetting is measured.
 import argparse
 import json
 import logging
-import random
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ import torch
 from ftnb.cli import STORE
 from ftnb.data import dedupe, group_near, split, store_records
 from ftnb.evaluate import mcnemar, predict, rate
+from ftnb.forgetting import answered, likelihoods, read_questions
 from ftnb.format import same_answer
 from ftnb.memory import measure, memory
 from ftnb.model import count_params, load_model, load_tokenizer, lora_config, quiet
@@ -138,44 +138,10 @@ def time_part(quick):
 # What a model knew before: ARC-Easy, the likeliest choice
 
 
-def questions(data, n):
-    rows = [json.loads(line) for line in (data / "arc_easy/test.jsonl").read_text("utf-8").splitlines()]
-    return random.Random(0).sample(rows, n)
-
-
-def choices(tokenizer, row):
-    prompt = tokenizer(f"Question: {row['question']}\nAnswer:")["input_ids"]
-    return [(prompt, tokenizer(" " + c["text"])["input_ids"], c) for c in row["choices"]]
-
-
-@torch.inference_mode()
-def knows(model, tokenizer, rows, batch=32):
-    "For each question, whether the choice with the highest log-likelihood (summed; a character) is right."
-    asked = [(k, *one) for k, row in enumerate(rows) for one in choices(tokenizer, row)]
-    asked.sort(key=lambda one: len(one[1]) + len(one[2]))
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    scores = {k: [] for k in range(len(rows))}
-    for start in range(0, len(asked), batch):
-        part = asked[start : start + batch]
-        width = max(len(p) + len(a) for _, p, a, _ in part)
-        ids = torch.tensor([p + a + [0] * (width - len(p) - len(a)) for _, p, a, _ in part])
-        mask = torch.tensor(
-            [[1] * (len(p) + len(a)) + [0] * (width - len(p) - len(a)) for _, p, a, _ in part]
-        )
-        hidden = base.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        for state, (k, p, a, choice) in zip(hidden, part, strict=True):
-            logits = base.get_output_embeddings()(state[len(p) - 1 : len(p) + len(a) - 1]).float()
-            said = logits.log_softmax(-1).gather(1, torch.tensor(a)[:, None]).sum().item()
-            scores[k].append((said, said / len(choice["text"]), choice["label"]))
-    return [
-        [max(found, key=lambda one: one[way])[2] == rows[k]["answerKey"] for way in (0, 1)]
-        for k, found in scores.items()
-    ]
-
-
 def arc_part(model, tokenizer, data, n):
-    hits = knows(model, tokenizer, questions(data, n))
-    return {"likelihood": [h[0] for h in hits], "a character": [h[1] for h in hits]}
+    asked = read_questions(data / "arc_easy/test.jsonl", n=n)
+    sums = likelihoods(model, tokenizer, asked)
+    return {"likelihood": answered(sums, asked), "a character": answered(sums, asked, "character")}
 
 
 # Training on the store's messages

@@ -266,11 +266,13 @@ class WholeCheckpoints:
         self.lr_scheduler.load_state_dict(load_state(checkpoint, "scheduler"))
 
     def _save_rng_state(self, output_dir):
+        os.makedirs(output_dir, exist_ok=True)  # another process may not have made it yet
         save_state(output_dir, f"random_{self.args.process_index}", random_state())
 
     def _load_rng_state(self, checkpoint):
-        if checkpoint is not None:
-            set_random_state(load_state(checkpoint, f"random_{self.args.process_index}"))
+        name = f"random_{self.args.process_index}"  # absent where the run was begun with fewer processes
+        if checkpoint is not None and (Path(checkpoint) / f"{name}.json").exists():
+            set_random_state(load_state(checkpoint, name))
 
     def _save_scaler(self, output_dir):
         if self.args.should_save and getattr(self.accelerator, "scaler", None) is not None:

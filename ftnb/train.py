@@ -6,9 +6,10 @@ Docs: https://ftnb.github.io/ftnb/train.html.md"""
 
 # %% auto #0
 __all__ = ['SHARED', 'LONG', 'sft_config', 'choice', 'Evidence', 'read_jsonl', 'Run', 'check_before', 'gate', 'stop_on_interrupt',
-           'peak_memory', 'open_run', 'in_bfloat16', 'uncast', 'EpochSampler', 'plain_head', 'labelled_loss', 'Shared',
-           'share', 'shared_attention', 'can_share', 'shared_loss', 'Trainer', 'FiniteGradients', 'make_trainer',
-           'shorten', 'train', 'out_of_memory', 'smaller_batch', 'settled_dtype', 'plot_curves', 'load_run']
+           'peak_memory', 'open_run', 'everyone', 'together', 'rows_at_once', 'in_bfloat16', 'uncast', 'EpochSampler',
+           'plain_head', 'labelled_loss', 'Shared', 'share', 'shared_attention', 'can_share', 'shared_loss', 'Trainer',
+           'FiniteGradients', 'trackers', 'make_trainer', 'shorten', 'train', 'out_of_memory', 'smaller_batch',
+           'settled_dtype', 'plot_curves', 'load_run']
 
 # %% ../nbs/04_train.ipynb #eb153d7e
 import logging
@@ -23,20 +24,28 @@ import inspect
 import json
 import math
 import os
+import pickle
+import platform
 import signal
 import sys
 import threading
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object, reduce
 from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -48,9 +57,17 @@ from transformers import (
     set_seed,
 )
 from transformers.cache_utils import DynamicLayer
+from transformers.integrations import TensorBoardCallback, TrackioCallback
 from trl import SFTConfig, SFTTrainer
 
-from .checkpoint import WholeCheckpoints, last_checkpoint, remove_torn
+from ftnb.checkpoint import (
+    SURROUNDINGS,
+    WholeCheckpoints,
+    checkpoints,
+    keep_surroundings,
+    last_checkpoint,
+    remove_torn,
+)
 from .data import AuditReport, Splits, leakage, leaked_rows, refuse_leakage
 from ftnb.format import (
     contract,
@@ -60,7 +77,7 @@ from ftnb.format import (
     prompt_for,
     same_answer,
 )
-from .model import generate, load_model, load_tokenizer, lora_config, pick_dtype
+from .model import generate, load_model, load_tokenizer, lora_config, pick_dtype, resolve
 from .plan import InputError, Recipe, atomic_dir, locked, progress, write_text
 from .review import require_review
 
@@ -93,9 +110,11 @@ def sft_config(
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
         max_length=None,  # rows that are too long were refused by ftnb.format; TRL would cut the answer off
-        gradient_checkpointing=False,  # TRL's default trades a fifth of the speed for memory we have
+        gradient_checkpointing=recipe.checkpointing == "on",  # TRL's default; a third more arithmetic
+        gradient_checkpointing_kwargs={"use_reentrant": False},
         bf16=autocast,  # products in bfloat16, adapters and their optimiser in float32
         use_cpu=not cuda,
+        ddp_find_unused_parameters=False,  # every trained weight is part of every loss
         eval_strategy="steps",
         eval_steps=every,
         save_strategy="steps",
@@ -107,7 +126,10 @@ def sft_config(
         logging_steps=max(1, recipe.total_steps(n_rows) // 50),
         logging_nan_inf_filter=False,  # the default shows a loss of 0.0 where it was not a number
         include_num_input_tokens_seen="non_padding",
-        report_to=[],  # nothing leaves the machine
+        report_to=[],  # nothing leaves the machine; `trackers` adds what the recipe asks for
+        project="ftnb",
+        run_name=recipe.name,
+        trackio_static_space_id=False,  # no copy on a hub
         seed=recipe.seed,
         data_seed=recipe.seed,
         disable_tqdm=True,  # ftnb.train shows its own bar
@@ -131,13 +153,17 @@ class Evidence(TrainerCallback):
         self.rows = rows
         self.prompts = [prompt_for(tokenizer, r, recipe.system) for r in rows]
         self.started, self.stop, self.bar = time.time(), None, None
+        self.state = everyone()  # process 0 writes
 
     def _write(self, entry):
         self.history.append(entry)
+        if not self.state.is_main_process:
+            return
         write_text(self.dir / "history.jsonl", "".join(json.dumps(h) + "\n" for h in self.history))
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.bar = progress(desc="train", total=state.max_steps)
+        self.bar.disable = self.bar.disable or not self.state.is_main_process
         self.bar.update(state.global_step)
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -148,7 +174,7 @@ class Evidence(TrainerCallback):
             return
         loss, norm = float(logs["loss"]), float(logs.get("grad_norm", 0.0))
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise InputError(
+            _refuse(
                 f"training stopped at step {state.global_step}: loss is {loss}, gradient norm {norm}; lower "
                 f"learning_rate (now {self.recipe.learning_rate:g}) or look at the rows of that step"
             )
@@ -167,18 +193,26 @@ class Evidence(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update(1)
+        if self.state.num_processes > 1 and _anywhere(self.stop is not None):  # all stop, or none
+            self.stop = self.stop or signal.SIGTERM
         if self.stop is not None:
             control.should_save = control.should_training_stop = True
         elif state.global_step >= state.max_steps:
             control.should_evaluate = control.should_save = True
         return control
 
+    def _answers(self, model):
+        options = {"max_new_tokens": self.recipe.max_new_tokens, "progress": False}
+        n, own = self.state.num_processes, self.state.process_index
+        if n == 1 or isinstance(model, FSDPModule):  # a sharded model answers on all processes at once
+            return generate(model, self.tokenizer, self.prompts, **options)
+        parts = gather_object([generate(model, self.tokenizer, self.prompts[own::n], **options)])
+        return [parts[i % n][i // n] for i in range(len(self.prompts))]
+
     def on_evaluate(self, args, state, control, metrics=None, model=None, **kwargs):
         was_training = model.training
         model.eval()
-        answers = generate(
-            model, self.tokenizer, self.prompts, max_new_tokens=self.recipe.max_new_tokens, progress=False
-        )
+        answers = self._answers(model)
         model.train(was_training)
         right = [
             same_answer(r.completion, a.text, self.recipe.task)
@@ -197,7 +231,7 @@ class Evidence(TrainerCallback):
         entry |= {"eval_choice": metrics["eval_choice"], "seconds": round(time.time() - self.started, 1)}
         self._write(entry)
         self._samples(state.global_step, answers)
-        if not (os.environ.get("CI") or os.environ.get("IN_TEST")):
+        if self.state.is_main_process and not (os.environ.get("CI") or os.environ.get("IN_TEST")):
             self.bar.write(
                 f"  step {state.global_step}: validation loss {loss:.3f}, right {share:.1%} (n = {n})",
                 sys.stderr,
@@ -210,7 +244,8 @@ class Evidence(TrainerCallback):
             {"step": step, "id": r.id, "text": r.text, "expected": r.completion, "output": a.text}
             for r, a in list(zip(self.rows, answers, strict=True))[:k]
         ]
-        write_text(path, "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in old + new))
+        if self.state.is_main_process:
+            write_text(path, "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in old + new))
 
 # %% ../nbs/04_train.ipynb #72dde6ab
 def read_jsonl(
@@ -327,7 +362,8 @@ def stop_on_interrupt(
         evidence.stop = number
         for sig, handler in old.items():
             signal.signal(sig, handler)
-        print("stopping after this step; a checkpoint is being saved", file=sys.stderr)
+        if everyone().is_main_process:
+            print("stopping after this step; a checkpoint is being saved", file=sys.stderr)
 
     old = {sig: signal.getsignal(sig) for sig in (signal.SIGINT, signal.SIGTERM)}
     for sig in old:
@@ -359,7 +395,7 @@ def open_run(
     held = out / "recipe.json"
     if held.exists():
         other = Recipe.load(held)
-        changed = [k for k, v in asdict(recipe).items() if v != getattr(other, k)]
+        changed = [k for k, v in asdict(recipe).items() if v != getattr(other, k) and k != "tracker"]
         if changed:
             what = ", ".join(f"{k} was {getattr(other, k)!r}, is {getattr(recipe, k)!r}" for k in changed[:3])
             raise InputError(f"{out} holds another run ({what}); choose another name or start fresh")
@@ -370,6 +406,96 @@ def open_run(
     splits.save(out / "splits")
     recipe.save(held)
     return False
+
+# %% ../nbs/04_train.ipynb #03e738fd
+def everyone() -> PartialState:  # num_processes, process_index, is_main_process
+    "The processes of this run as accelerate or torchrun started them; one where nobody did."
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
+def _sendable(error):
+    try:
+        pickle.dumps(error)
+        return error
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+
+# %% ../nbs/04_train.ipynb #d21e38b4
+def together(
+    work,  # function without arguments
+    main: bool = False,  # True: process 0 does it, the others get its result
+):  # what `work` returned
+    "Do `work` on every process; an error on one is raised on all, marked `everywhere`."
+    state, result, error = everyone(), None, None
+    if state.num_processes == 1:
+        return work()
+    try:
+        result = work() if state.is_main_process or not main else None
+    except Exception as raised:
+        error = raised
+    if main:
+        box = [(result, error and _sendable(error))]
+        result, first = broadcast_object_list(box)[0]
+    else:
+        first = next(filter(None, gather_object([error and _sendable(error)])), None)
+    if first is not None:
+        error = error or first
+        error.everywhere = True
+        raise error
+    return result
+
+# %% ../nbs/04_train.ipynb #71651907
+def _refuse(*faults: str):  # the more telling one first; empty where there is nothing to say
+    "Raises `InputError` on every process when one has a fault to tell; costs one number where none has."
+    state = everyone()
+    if state.num_processes > 1 and _anywhere(any(faults)):
+        faults = [fault for kind in zip(*gather_object([faults])) for fault in kind]
+    if told := next(filter(None, faults), ""):
+        error = InputError(told)
+        error.everywhere = state.num_processes > 1
+        raise error
+
+
+def _anywhere(flag):
+    total = reduce(torch.tensor(float(bool(flag)), device=everyone().device), "sum")
+    return bool(total.item())
+
+# %% ../nbs/04_train.ipynb #b711d2d3
+def rows_at_once(
+    effective: int,  # rows in one update
+    most: int,  # rows that a process may take at once, 1..
+    processes: int = 1,  # that share an update
+) -> int:  # at most `most`; times `processes` it divides `effective`
+    "Rows that each process takes at once; raises `InputError` where an update cannot be shared evenly."
+    fitting = [n for n in range(1, most + 1) if effective % (n * processes) == 0]
+    if not fitting:
+        raise InputError(
+            f"an update of {effective} rows (batch_size x accumulation) cannot be shared by {processes} processes; "
+            f"take a number of processes that divides {effective}, or another effective batch"
+        )
+    return fitting[-1]
+
+# %% ../nbs/04_train.ipynb #01f9c227
+@contextmanager
+def _held(out):
+    "The lock of process 0 holds for all of them."
+    with ExitStack() as stack:
+        together(lambda: stack.enter_context(locked(out)), main=True)
+        yield
+
+
+def _seen_by_all(out):
+    state = everyone()
+
+    def look():
+        if not (out / "recipe.json").exists():
+            raise InputError(
+                f"process {state.process_index} on {platform.node()} does not see {out}: the run's folder must lie "
+                "on a disk that all machines share"
+            )
+
+    if state.num_processes > 1:
+        together(look)
 
 # %% ../nbs/04_train.ipynb #d33d6e01
 def in_bfloat16(
@@ -389,8 +515,9 @@ def uncast(
 class EpochSampler(torch.utils.data.Sampler):
     "Row numbers for one epoch: batches of like length in an order that only `seed` and the epoch decide."
 
-    def __init__(self, lengths: list[int], batch: int, seed: int = 0):
+    def __init__(self, lengths: list[int], batch: int, seed: int = 0, at_once: int = 1):
         self.lengths, self.batch, self.seed, self.epoch = lengths, batch, seed, 0
+        self.fill = -len(lengths) % at_once  # places without a row at the end: all processes have as many
 
     def set_epoch(
         self,
@@ -400,7 +527,7 @@ class EpochSampler(torch.utils.data.Sampler):
         self.epoch = epoch
 
     def __len__(self):
-        return len(self.lengths)
+        return len(self.lengths) + self.fill
 
     def __iter__(self):
         draw = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
@@ -412,7 +539,8 @@ class EpochSampler(torch.utils.data.Sampler):
         full = [b for b in batches if len(b) == self.batch]
         rest = [b for b in batches if len(b) < self.batch]
         shuffled = [full[i] for i in torch.randperm(len(full), generator=draw).tolist()]
-        return iter([i for b in shuffled + rest for i in b])
+        filling = [len(self.lengths)] * self.fill  # the number of no row
+        return iter([i for b in shuffled + rest for i in b] + filling)
 
 # %% ../nbs/04_train.ipynb #2b58cc1c
 def plain_head(
@@ -582,14 +710,15 @@ AttentionMaskInterface.register(SHARED, lambda *args, **kwargs: None)
 def can_share(
     model,  # a causal language model, with or without adapter
 ) -> bool:  # True when `shared_loss` is its loss
-    "Whether every layer attends to all tokens before, and nothing is dropped at random."
+    "Whether every layer attends to all tokens before, and nothing is dropped at random or computed again."
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     decoder, config = base.base_model, base.config.get_text_config()
     full = {type(layer) for layer in DynamicCache(config=config).layers} == {DynamicLayer}
     known = getattr(decoder, "_supports_attention_backend", False) and decoder.config is config
     takes = "position_ids" in inspect.signature(decoder.forward).parameters
     drops = model.training and any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules())
-    return bool(full and known and takes and not drops)
+    again = model.training and getattr(base, "is_gradient_checkpointing", False)  # outside of our attention
+    return bool(full and known and takes and not drops and not again)
 
 # %% ../nbs/04_train.ipynb #bb12261d
 def shared_loss(
@@ -611,8 +740,53 @@ def shared_loss(
     total = _summed_loss(out.last_hidden_state[0][graded], head, batch.targets[graded])
     return total / (graded.sum() if n_items is None else n_items)
 
+# %% ../nbs/04_train.ipynb #57c0619f
+def _called(model, loss, inputs, n_items):
+    "The loss through the wrapper that adds up gradients over processes: it looks at calls of the model itself."
+    if not isinstance(model, DistributedDataParallel):
+        return loss(model, inputs, n_items)
+    with patch.object(model.module, "forward", lambda: loss(model.module, inputs, n_items)):
+        return model()
+
+# %% ../nbs/04_train.ipynb #1ae1dae7
+class _Shared:
+    "Mixed into the trainer: the rows of one process's batch, spread over several."
+
+    def _get_eval_sampler(self, eval_dataset):
+        n = self.accelerator.num_processes
+        if n == 1:
+            return super()._get_eval_sampler(eval_dataset)
+        rows, each = list(range(len(eval_dataset) - 1)), self.args.per_device_eval_batch_size
+        groups = [rows[i : i + self.group] for i in range(0, len(rows), self.group)]
+        return [i for g in groups for i in g + [len(rows)] * (n * each - len(g))]
+
+    def evaluation_loop(self, *args, **kwargs):
+        self.losses = []
+        out = super().evaluation_loop(*args, **kwargs)
+        if self.losses:  # batches count by their rows, as with one process
+            total = sum(rows for _, rows in self.losses)
+            out.metrics["eval_loss"] = sum(loss * rows for loss, rows in self.losses) / total
+        return out
+
+    def _track_num_input_tokens(self, inputs):
+        if self.accelerator.num_processes > 1:
+            rows = (inputs["labels"] != -100).any(1, keepdim=True)
+            inputs = {**inputs, "attention_mask": inputs["attention_mask"] * rows}
+        super()._track_num_input_tokens(inputs)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        if self.accelerator.num_processes == 1:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        graded = inputs["labels"][:, 1:] != -100
+        rows, tokens = reduce(torch.stack([graded.any(1).sum(), graded.sum()]), "sum")
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=tokens)
+        loss = reduce(loss.detach(), "mean")
+        self.losses.append((float(loss), int(rows)))
+        return loss, None, None
+
 # %% ../nbs/04_train.ipynb #4034bd5e
-class Trainer(WholeCheckpoints, SFTTrainer):
+class Trainer(_Shared, WholeCheckpoints, SFTTrainer):
     "TRL's trainer with `EpochSampler`, `shared_loss` or `labelled_loss` where they apply, and no update from a batch that is no number."
 
     row_ids: tuple[str, ...] = ()  # of the training rows, in dataset order
@@ -620,54 +794,125 @@ class Trainer(WholeCheckpoints, SFTTrainer):
 
     def _get_train_sampler(self, train_dataset=None):
         rows = self.train_dataset if train_dataset is None else train_dataset
-        batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        return EpochSampler([len(ids) for ids in rows["input_ids"]], batch, self.args.data_seed or 0)
+        lengths, n = [len(ids) for ids in rows["input_ids"]], self.accelerator.num_processes
+        at_once = self.args.per_device_train_batch_size * n
+        batch = at_once * self.args.gradient_accumulation_steps
+        shared = (lengths, 1) if n == 1 else (lengths[:-1], at_once)  # the last one is no row
+        self.order = EpochSampler(shared[0], batch, self.args.data_seed or 0, shared[1])
+        return self.order
+
+    def evaluate(self, *args, **kwargs):
+        metrics = super().evaluate(*args, **kwargs)
+        self.log({k: metrics[k] for k in ("eval_match",) if k in metrics})  # callbacks added it after the log
+        return metrics
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        alone = self.accelerator.num_processes == 1 and inputs["input_ids"].device.type == "cpu"
-        if return_outputs or not alone or not plain_head(model):
+        inner = model.module if isinstance(model, DistributedDataParallel) else model
+        ours = inputs["input_ids"].device.type == "cpu" and not self._sharded()
+        if return_outputs or not ours or not plain_head(inner):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         with self.accelerator.autocast():
-            if self.shares and can_share(model) and inputs["attention_mask"][:, 0].all():
-                try:
-                    return shared_loss(model, inputs, num_items_in_batch)
-                except NotImplementedError:  # a layer asks for what `shared_attention` does not do
-                    self.shares = False
-            return labelled_loss(model, inputs, num_items_in_batch)
+            loss = self._own_loss(model, inner, inputs, num_items_in_batch)
+        return loss if num_items_in_batch is None else loss * self.accelerator.num_processes
+
+    def _own_loss(self, model, inner, inputs, n_items):
+        if self.shares and can_share(inner) and inputs["attention_mask"][:, 0].all():
+            try:
+                return _called(model, shared_loss, inputs, n_items)
+            except NotImplementedError:  # a layer asks for what `shared_attention` does not do
+                self.shares = False
+        return _called(model, labelled_loss, inputs, n_items)
 
     def train(self, *args, **kwargs):
         with uncast(self.model):
             return super().train(*args, **kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        if not (inputs["labels"] != -100).any():
-            self._refuse("no token is graded", inputs)
+        several = self.accelerator.num_processes > 1  # an epoch's last update may leave one without rows
+        graded = num_items_in_batch if several else (inputs["labels"] != -100).sum()
+        if graded is not None and not graded > 0:
+            raise InputError(self._fault("no token is graded", inputs))
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
-            self._refuse(f"loss is {loss.item()}", inputs)
+            fault = self._fault(f"loss is {loss.item()}", inputs)
+            if not several:
+                raise InputError(fault)
+            self.finite.fault = self.finite.fault or fault  # told when all are at the same point
         return loss
 
-    def _refuse(self, what, inputs):
+    def _fault(self, what, inputs):
         names = dict(zip(map(tuple, self.train_dataset["input_ids"]), self.row_ids))
         masks = inputs["attention_mask"].bool()
         rows = [names.get(tuple(ids[mask].tolist()), "?") for ids, mask in zip(inputs["input_ids"], masks)]
         shown = ", ".join(rows[:4]) + (f" and {len(rows) - 4} more" if len(rows) > 4 else "")
-        raise InputError(
+        return (
             f"training stopped before update {self.state.global_step + 1}: {what} on rows {shown}; the weights are "
             f"those of update {self.state.global_step}: lower learning_rate or look at these rows"
         )
 
 # %% ../nbs/04_train.ipynb #aea52146
+class _SameOrder(TrainerCallback):
+    "Tells the sampler its epoch, which accelerate does not where it deals batches out to processes."
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.trainer.order.set_epoch(int(state.epoch or 0))
+
+
 class FiniteGradients(TrainerCallback):
     "Stops before an update whose gradient is no number, though the loss was one."
 
+    fault = ""  # what the trainer found on this process since the last update
+
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        gradient = ""
         for name, weight in model.named_parameters():
-            if weight.grad is not None and not torch.isfinite(weight.grad).all():
-                raise InputError(
+            own = getattr(weight.grad, "_local_tensor", weight.grad)  # the part held here, where sharded
+            if own is not None and not torch.isfinite(own).all():
+                gradient = (
                     f"training stopped before update {state.global_step + 1}: the gradient of {name} is not finite; "
                     f"the weights are those of update {state.global_step}: lower learning_rate"
                 )
+                break
+        _refuse(self.fault, gradient)
+
+# %% ../nbs/04_train.ipynb #c8b304fa
+def _eval_group(recipe, size):
+    return size if size < recipe.batch_size and everyone().num_processes == 1 else max(16, recipe.batch_size)
+
+
+def _shared_args(recipe, n_rows, out, model, size):
+    n = everyone().num_processes
+    rows = recipe.replace(batch_size=size, accumulation=recipe.effective_batch // size)
+    args = sft_config(rows, n_rows, out / "checkpoints", in_bfloat16(model))
+    args.gradient_accumulation_steps //= n
+    args.per_device_eval_batch_size = math.ceil(_eval_group(recipe, size) / n)
+    return args
+
+
+def _with_no_row(rows):
+    "A last row of two tokens, none of them graded: what a process gets that is left without rows."
+    if everyone().num_processes == 1:
+        return rows
+    return rows.add_item({"input_ids": rows[0]["input_ids"][:2], "labels": [-100, -100]})
+
+# %% ../nbs/04_train.ipynb #e9895606
+def trackers(
+    recipe: Recipe,  # its tracker: none | trackio | tensorboard
+    out: Path,  # the run's folder; TensorBoard's files go there, Trackio has a place of its own
+) -> list[TrainerCallback]:  # at most one
+    "What shows the run elsewhere; raises `InputError` where its package is absent."
+    if recipe.tracker == "none" or not everyone().is_main_process:
+        return []
+    if find_spec(recipe.tracker) is None:
+        raise InputError(f"tracker {recipe.tracker} is not installed; run: pip install {recipe.tracker}")
+    if recipe.tracker == "trackio":
+        return [TrackioCallback()]
+    from torch.utils.tensorboard import SummaryWriter
+
+    return [TensorBoardCallback(SummaryWriter(str(out / "tensorboard")))]
 
 # %% ../nbs/04_train.ipynb #4564e5d8
 def make_trainer(
@@ -681,21 +926,21 @@ def make_trainer(
 ) -> SFTTrainer:  # ready to train
     "TRL's `SFTTrainer` over rows encoded by `ftnb.format`."
     set_seed(recipe.seed)  # the adapter's first matrix is drawn here
-    size = batch_size or recipe.batch_size
-    rows = recipe.replace(batch_size=size, accumulation=recipe.effective_batch // size)
-    args = sft_config(rows, len(splits.train), out / "checkpoints", in_bfloat16(model))
-    if size < recipe.batch_size:  # memory is short
-        args.per_device_eval_batch_size = size
+    size, finite = batch_size or recipe.batch_size, FiniteGradients()
+    args = _shared_args(recipe, len(splits.train), out, model, size)
+    encoded = (encode_dataset(tokenizer, part, recipe) for part in (splits.train, splits.val))
+    train_dataset, eval_dataset = (_with_no_row(rows) for rows in encoded)
     trainer = _quietly(
         Trainer,
         model=model,
         args=args,
-        train_dataset=encode_dataset(tokenizer, splits.train, recipe),
-        eval_dataset=encode_dataset(tokenizer, splits.val, recipe),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         processing_class=tokenizer,
         peft_config=None if recipe.method == "full" else lora_config(recipe),
-        callbacks=[*callbacks, FiniteGradients()],
+        callbacks=[*callbacks, finite],
     )
+    trainer.finite, trainer.group = finite, _eval_group(recipe, size)
     trainer.row_ids = tuple(r.id for r in splits.train)
     for p in trainer.model.parameters():  # TRL 1.16 makes the adapter of a 4-bit base bfloat16
         p.data = p.data.float() if p.requires_grad and p.dtype == torch.bfloat16 else p.data
@@ -703,6 +948,10 @@ def make_trainer(
     assert not wrong, f"trained weights in {wrong}: small updates would round to nothing"
     for noisy in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(noisy)
+    for shown in trackers(recipe, out):
+        trainer.add_callback(shown)
+    if everyone().num_processes > 1:
+        trainer.add_callback(_SameOrder(trainer))
     if recipe.early_stopping:
         trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=recipe.early_stopping))
     return trainer
@@ -739,9 +988,23 @@ def train(
     tokenizer=None,  # its tokenizer; None: loaded with `recipe.template`
     allow_leakage: bool = False,  # True: train although test rows stand in train
     max_answers: int = 100,  # validation rows the model answers at each evaluation
+    callbacks: tuple = (),  # of the trainer; they come after `Evidence`, so they see what it measured
+    force: bool = False,  # True: go on under other versions or threads than the run was begun with
 ) -> Run:  # the finished run, also on disk in `out`
     "Fine-tunes and returns the run; resumes an interrupted one, returns a finished one at once."
     out = Path(out or Path("runs") / recipe.name)
+    fitting, shortened, found = together(
+        lambda: _accepted(recipe, splits, tokenizer, allow_leakage), main=True
+    )
+    with _held(out):
+        done = together(lambda: _begin(recipe, fitting, out, shortened, found, force), main=True)
+        _seen_by_all(out)
+        if done:
+            return Run.load(out)
+        return _within_memory(recipe, fitting, out, model, tokenizer, max_answers, callbacks)
+
+
+def _accepted(recipe, splits, tokenizer, allow_leakage):
     if recipe.truncation != "refuse":
         tokenizer = tokenizer or load_tokenizer(recipe.model, recipe.template, recipe.revision)
     splits, shortened = shorten(tokenizer, splits, recipe)
@@ -749,14 +1012,18 @@ def train(
         raise InputError(
             f"nothing to train on: {len(splits.train)} training, {len(splits.val)} validation rows"
         )
-    found = gate(recipe, splits, allow_leakage)
-    with locked(out):
-        begun = open_run(recipe, splits, out)
-        found.save(out / "leakage.jsonl")
-        write_text(out / "shortened.jsonl", "".join(json.dumps(row) + "\n" for row in shortened))
-        if begun and (out / "run.json").exists():
-            return Run.load(out)
-        return _within_memory(recipe, splits, out, model, tokenizer, max_answers)
+    rows_at_once(recipe.effective_batch, recipe.batch_size, everyone().num_processes)
+    return splits, shortened, gate(recipe, splits, allow_leakage)
+
+
+def _begin(recipe, splits, out, shortened, found, force):
+    begun = open_run(recipe, splits, out)
+    done = begun and (out / "run.json").exists()
+    if not done:
+        keep_surroundings(out, bool(checkpoints(out / "checkpoints")), force)
+    found.save(out / "leakage.jsonl")
+    write_text(out / "shortened.jsonl", "".join(json.dumps(row) + "\n" for row in shortened))
+    return done
 
 # %% ../nbs/04_train.ipynb #0e09c473
 def out_of_memory(
@@ -776,18 +1043,34 @@ def smaller_batch(
     return max(n for n in range(1, size) if effective % n == 0)
 
 
-def _within_memory(recipe, splits, out, model, tokenizer, max_answers):
-    size = recipe.batch_size
+def _lost(error, size):
+    "What a process says that cannot go on with the others."
+    if out_of_memory(error):
+        return InputError(
+            f"process {everyone().process_index} is out of memory with {size} rows at once; take a smaller batch_size "
+            "and as much more accumulation, under another name or with --fresh"
+        )
+    words = ("connection closed", "connection reset", "broken pipe", "timed out", "nccl", "gloo")
+    if isinstance(error, torch.distributed.DistError) or any(word in str(error).lower() for word in words):
+        return InputError("another process of this run ended; what it said tells why")
+    return error
+
+
+def _within_memory(recipe, splits, out, model, tokenizer, max_answers, callbacks):
+    size, processes = recipe.batch_size, everyone().num_processes
+    size = rows_at_once(recipe.effective_batch, size, processes)
     while True:
         try:
-            return _train(recipe, splits, out, model, tokenizer, max_answers, size)
+            return _train(recipe, splits, out, model, tokenizer, max_answers, callbacks, size)
         except (MemoryError, RuntimeError) as error:
+            if processes > 1:
+                raise _lost(error, size) from error
             if not out_of_memory(error):
                 raise
             if size == 1 or (model is not None and recipe.method == "full"):
                 raise InputError(
                     f"out of memory with {size} row{'s' * (size > 1)} at once; lower max_length (now "
-                    f"{recipe.max_length:,}), take a smaller model, or method lora or qlora"
+                    f"{recipe.max_length:,}), {'' if recipe.checkpointing == 'on' else 'set checkpointing on, '}take a smaller model, or method lora or qlora"
                 ) from error
         size = smaller_batch(size, recipe.effective_batch)
         print(
@@ -809,19 +1092,17 @@ def settled_dtype(
     return json.loads(held.read_text(encoding="utf-8"))
 
 
-def _train(recipe, splits, out, model, tokenizer, max_answers, size):
+def _train(recipe, splits, out, model, tokenizer, max_answers, callbacks, size):
     logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
-    tokenizer = tokenizer or load_tokenizer(recipe.model, recipe.template, recipe.revision)
-    if model is None:
-        model = load_model(recipe.model, settled_dtype(recipe, out), recipe.method, recipe.revision)
-    remove_torn(out / "checkpoints")
-    last = last_checkpoint(out / "checkpoints")
+    dtype, last = together(lambda: _ready(recipe, out, model), main=True)
+    tokenizer, model = together(lambda: _loaded(recipe, dtype, tokenizer, model))
     done_steps = int(last.name.rsplit("-", 1)[1]) if last else 0
     history = [h for h in read_jsonl(out / "history.jsonl") if h["step"] <= done_steps]
     evidence = Evidence(out, recipe, tokenizer, list(splits.val[:max_answers]), history)
-    trainer = make_trainer(recipe, splits, out, model, tokenizer, [evidence], size)
-    check_before(trainer, tokenizer, list(splits.train), recipe.system)
-    write_text(out / "contract.json", json.dumps(contract(tokenizer, splits.test, recipe.system), indent=1))
+    trainer = make_trainer(recipe, splits, out, model, tokenizer, [evidence, *callbacks], size)
+    together(lambda: check_before(trainer, tokenizer, list(splits.train), recipe.system))
+    golden = contract(tokenizer, splits.test, recipe.system)
+    together(lambda: write_text(out / "contract.json", json.dumps(golden, indent=1)), main=True)
     with stop_on_interrupt(evidence), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         try:
@@ -831,20 +1112,45 @@ def _train(recipe, splits, out, model, tokenizer, max_answers, size):
                 trainer.model.unload()
             raise
     if evidence.stop is not None and trainer.state.global_step < trainer.state.max_steps:
-        print(
-            f"stopped at step {trainer.state.global_step}; train again to go on from there", file=sys.stderr
-        )
+        if everyone().is_main_process:
+            print(
+                f"stopped at step {trainer.state.global_step}; train again to go on from there",
+                file=sys.stderr,
+            )
         raise KeyboardInterrupt
-    return _finish(recipe, splits, out, trainer, tokenizer, history, time.time() - evidence.started)
+    seconds, whole = time.time() - evidence.started, _whole(trainer)
+    finish = lambda: _finish(recipe, splits, out, trainer, tokenizer, history, seconds, whole)  # noqa: E731
+    together(finish, main=True)
+    return Run.load(out)
+
+
+def _ready(recipe, out, model):
+    if model is None:
+        resolve(recipe.model, recipe.revision)  # unpacked once, not by every process
+    dtype = settled_dtype(recipe, out) if model is None else ""
+    remove_torn(out / "checkpoints")
+    return dtype, last_checkpoint(out / "checkpoints")
+
+
+def _loaded(recipe, dtype, tokenizer, model):
+    tokenizer = tokenizer or load_tokenizer(recipe.model, recipe.template, recipe.revision)
+    if model is None:
+        model = load_model(recipe.model, dtype, recipe.method, recipe.revision)
+    return tokenizer, model
 
 # %% ../nbs/04_train.ipynb #73db3510
-def _finish(recipe, splits, out, trainer, tokenizer, history, seconds):
+def _whole(trainer):
+    "The weights of a sharded model brought together, which all processes take part in; None where each has all."
+    return trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
+
+
+def _finish(recipe, splits, out, trainer, tokenizer, history, seconds, weights=None):
     model = trainer.model
     if isinstance(model, PeftModel):  # the recipe's word for the base, not a path of this machine
         model.peft_config["default"].base_model_name_or_path = str(recipe.model)
     with atomic_dir(out / "adapter", replace=True) as folder:
         adapter = {} if recipe.method == "full" else {"save_embedding_layers": False}
-        _quietly(model.save_pretrained, save_directory=folder, **adapter)
+        _quietly(model.save_pretrained, save_directory=folder, state_dict=weights, **adapter)
         tokenizer.save_pretrained(folder)
         (folder / "README.md").unlink(missing_ok=True)
     best = trainer.state.best_global_step or trainer.state.global_step
@@ -858,8 +1164,9 @@ def _finish(recipe, splits, out, trainer, tokenizer, history, seconds):
     metrics |= {"dtype": str(trainer.model.get_input_embeddings().weight.dtype).removeprefix("torch.")}
     packages = {name: version(name) for name in ("torch", "transformers", "trl", "peft", "datasets")}
     done = {"best_step": best, "metrics": metrics, "versions": packages}
+    changed = json.loads((out / SURROUNDINGS).read_text(encoding="utf-8"))["changed"]
+    done |= {"changed": changed} if changed else {}
     write_text(out / "run.json", json.dumps(done, indent=1))
-    return Run.load(out)
 
 # %% ../nbs/04_train.ipynb #1473531c
 def plot_curves(

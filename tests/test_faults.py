@@ -1,6 +1,7 @@
 """What a run survives: Ctrl-C, a kill at any moment, and a second process in the same folder. Toy model."""
 
 import hashlib
+import json
 import os
 import random
 import signal
@@ -180,6 +181,24 @@ def test_of_a_hundred_starts_one_in_ten_wins(job):
         assert (folder / f"wave-{wave}" / "run.json").exists()
     print(f"100 starts in 10 folders: {sum(won)} went through")
     assert min(won) >= 1
+
+
+def test_other_threads_are_refused_on_resume_unless_forced(job):
+    folder, command = job
+    process = begin(command, "moved", folder)
+    wait_for_step(folder / "moved", 30, process)
+    process.kill()
+    process.wait()
+    kept = json.loads((folder / "moved" / "surroundings.json").read_text("utf-8"))["now"]["threads"]
+    other = {"OMP_NUM_THREADS": str(int(kept) + 1)}
+    refused = ftnb(*command, "--out", "moved", cwd=folder, **other)
+    assert refused.returncode == 2 and f"threads was {kept}, is {int(kept) + 1}" in refused.stderr, (
+        refused.stderr
+    )
+    forced = ftnb(*command, "--out", "moved", "--force", cwd=folder, **other)
+    assert forced.returncode == 0, forced.stderr
+    changed = json.loads((folder / "moved" / "run.json").read_text("utf-8"))["changed"]
+    assert changed == [{"threads": [kept, str(int(kept) + 1)]}]
 
 
 def test_two_processes_do_not_share_a_folder(job):

@@ -30,8 +30,10 @@ ORDER = [
     "memory",
     "train",
     "diagnose",
+    "launch",
     "evaluate",
     "sweep",
+    "forgetting",
     "deploy",
     "cli",
 ]
@@ -133,7 +135,7 @@ def test_every_import_is_a_declared_dependency():
 
 def test_assets_are_hashed():
     lines = [x for x in (ROOT / "assets.txt").read_text("utf-8").splitlines() if x and not x.startswith("#")]
-    assert len(lines) == 2
+    assert len(lines) == 3
     assert all(re.fullmatch(r"[\w-]+==[\d.]+ --hash=sha256:[0-9a-f]{64}", line) for line in lines)
 
 
