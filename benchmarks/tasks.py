@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+from ftnb.cli import comparisons_of
 from ftnb.evaluate import Report
 from ftnb.plan import Recipe, cache_dir, write_text
 from ftnb.train import Run
@@ -67,8 +68,9 @@ def task(name, args):
     found |= {
         k: run.metrics[k] for k in ("n_train", "dtype", "trainable", "eval_loss", "eval_match", "eval_n")
     }
-    for path in reports:
-        report = Report.load(path)
+    loaded = [Report.load(path) for path in reports]
+    found["compared"] = [str(c) for c in comparisons_of(loaded)]
+    for report in loaded:
         found.setdefault("systems", {})[report.system] = {
             "all": numbers(report.metrics),
             "without leaked": numbers(report.unseen),
@@ -91,6 +93,7 @@ def main(args):
                 span = f"{m['low']:.1%} to {m['high']:.1%}"
                 print(f"| {name} | {system} | {metric} | {m['value']:.1%} | {m['n']:,} | {span} | {shown} |")
         minutes = {k: v["cpu_seconds"] / 60 for k, v in found["cost"].items()}
+        print("\n" + "\n".join(found["compared"]))
         print(f"\n{name}: CPU minutes {', '.join(f'{k} {v:.0f}' for k, v in minutes.items())}\n")
     if args.out:
         old = json.loads(args.out.read_text("utf-8")) if args.out.exists() else {}

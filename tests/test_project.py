@@ -107,6 +107,7 @@ OTHER_NAMES = {
     "charset_normalizer": "charset-normalizer",
     "detect_secrets": "detect-secrets",
     "stdnum": "python-stdnum",
+    "yaml": "PyYAML",
 }
 OPTIONAL = {
     "ftnb",
