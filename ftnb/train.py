@@ -717,7 +717,7 @@ def can_share(
     known = getattr(decoder, "_supports_attention_backend", False) and decoder.config is config
     takes = "position_ids" in inspect.signature(decoder.forward).parameters
     drops = model.training and any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules())
-    again = model.training and getattr(base, "is_gradient_checkpointing", False)  # outside of our attention
+    again = model.training and any(getattr(m, "gradient_checkpointing", False) for m in base.modules())
     return bool(full and known and takes and not drops and not again)
 
 # %% ../nbs/04_train.ipynb #bb12261d
