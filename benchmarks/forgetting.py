@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from parts import gathered
 
 from ftnb.cli import STORE
 from ftnb.data import Splits, dedupe, group_near, split, store_records
@@ -108,26 +109,15 @@ def way(args, name, note, changes, share, points):
     return made | ({"kept": str(kept), "stopped": kept.stopped} if kept else {})
 
 
-def gathered(args):
-    "Results by part, those before the end of --budget."
-    begun, results = time.perf_counter(), {}
-    todo = [("before", partial(before, args)), *((w[0], partial(way, args, *w)) for w in WAYS)]
-    for name, make in todo:
-        file = args.work / f"part-{name.replace(' ', '-')}.json"
-        if not file.exists():
-            if args.budget is not None and time.perf_counter() - begun > args.budget:
-                print(f"stopped before part {name}: run again to go on", file=sys.stderr)
-                break
-            start = time.perf_counter()
-            write_text(file, json.dumps(make()))
-            print(f"part {name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
-        results[name] = json.loads(file.read_text("utf-8"))
-    return results
+def parts(args):
+    yield "before", partial(before, args)
+    for one in WAYS:
+        yield one[0], partial(way, args, *one)
 
 
 def main(args):
     args.work.mkdir(parents=True, exist_ok=True)
-    results = gathered(args)
+    results = gathered(parts(args), args.work, args.budget, "part-")
     known = results.pop("before", None)
     if not results:
         return

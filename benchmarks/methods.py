@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from parts import gathered
 
 from ftnb.cli import STORE
 from ftnb.data import dedupe, group_near, split, store_records
@@ -204,22 +205,6 @@ def parts(args):
         yield f"{method} {rate_:g}", run
 
 
-def gathered(args):
-    "Results by part, those before the end of --budget."
-    begun, results = time.perf_counter(), {}
-    for name, make in parts(args):
-        file = args.work / f"{name.replace(' ', '-')}.json"
-        if not file.exists():
-            if args.budget is not None and time.perf_counter() - begun > args.budget:
-                print(f"stopped before part {name}: run again to go on", file=sys.stderr)
-                break
-            start = time.perf_counter()
-            write_text(file, json.dumps(make()))
-            print(f"part {name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
-        results[name] = json.loads(file.read_text("utf-8"))
-    return results
-
-
 def share(hits):
     found = rate(hits)
     return {"value": found.value, "n": found.n, "low": found.low, "high": found.high}
@@ -286,7 +271,7 @@ def shares(runs):
 
 def main(args):
     args.work.mkdir(parents=True, exist_ok=True)
-    results = gathered(args)
+    results = gathered(parts(args), args.work, args.budget)
     seconds, before = results.pop("time", None), results.pop("before", None)
     cases = [results.pop(name) for name in list(results) if name.startswith("memory ")]
     runs, made = list(results.values()), {"seconds": seconds, "memory": cases}
