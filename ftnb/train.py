@@ -749,7 +749,7 @@ def _called(model, loss, inputs, n_items):
         return model()
 
 # %% ../nbs/04_train.ipynb #1ae1dae7
-class _Shared:
+class _SeveralProcesses:
     "Mixed into the trainer: the rows of one process's batch, spread over several."
 
     def _get_eval_sampler(self, eval_dataset):
@@ -786,7 +786,7 @@ class _Shared:
         return loss, None, None
 
 # %% ../nbs/04_train.ipynb #4034bd5e
-class Trainer(_Shared, WholeCheckpoints, SFTTrainer):
+class Trainer(_SeveralProcesses, WholeCheckpoints, SFTTrainer):
     "TRL's trainer with `EpochSampler`, `shared_loss` or `labelled_loss` where they apply, and no update from a batch that is no number."
 
     row_ids: tuple[str, ...] = ()  # of the training rows, in dataset order
@@ -803,7 +803,8 @@ class Trainer(_Shared, WholeCheckpoints, SFTTrainer):
 
     def evaluate(self, *args, **kwargs):
         metrics = super().evaluate(*args, **kwargs)
-        self.log({k: metrics[k] for k in ("eval_match",) if k in metrics})  # callbacks added it after the log
+        if "eval_match" in metrics:  # a callback added it after the log
+            self.log({"eval_match": metrics["eval_match"]})
         return metrics
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -105,7 +105,7 @@ def one(place):
 @pytest.fixture(scope="module")
 def two(place):
     process = begun(place, "together.py", TOGETHER, place / "model")
-    _, told = process.communicate(timeout=240)
+    _, told = process.communicate(timeout=500)
     assert process.returncode == 0, told[-2000:]
     return [json.loads((place / f"{n}.json").read_text()) for n in (0, 1)]
 
@@ -174,10 +174,13 @@ def test_a_stop_on_one_stops_both_and_the_run_goes_on(place, two):
     assert furthest(weights(place / "cut"), weights(place / "two")) == 0
 
 
-def test_a_run_of_two_goes_on_with_one(place, one, two):
+def test_a_run_of_two_goes_on_with_one_when_that_is_forced(place, one, two):
+    from ftnb.plan import InputError
     from ftnb.train import train
 
-    train(*one[1:], place / "cut-for-one")
+    with pytest.raises(InputError, match="processes was 2, is 1"):
+        train(*one[1:], place / "cut-for-one")
+    train(*one[1:], place / "cut-for-one", force=True)
     assert furthest(weights(place / "cut-for-one"), weights(place / "one")) <= 1e-5
 
 
