@@ -19,6 +19,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from parts import gathered
 
@@ -258,14 +259,24 @@ def savings(cases):
     }
 
 
-def shares(runs):
+def kept(low, high, draws=4000):
+    "Share of right answers of one method over that of another on the same rows, with its 95 % interval by bootstrap."
+    pairs = np.array([low, high], float)
+    drawn = np.random.default_rng(0).integers(0, pairs.shape[1], (draws, pairs.shape[1]))
+    over = pairs[0][drawn].mean(1) / np.maximum(pairs[1][drawn].mean(1), 1e-9)
+    edges = np.quantile(over, (0.025, 0.975))
+    value = pairs[0].mean() / pairs[1].mean() if pairs[1].any() else None
+    return {"value": value, "n": pairs.shape[1], "low": float(edges[0]), "high": float(edges[1])}
+
+
+def shares(runs, rows):
     "What LoRA keeps of full fine-tuning, and QLoRA of LoRA: the best run of each by validation loss."
     best = {m: min((r for r in runs if r["method"] == m), key=lambda r: r["val_loss"]) for m in DTYPES}
     found = {}
     for name, low, high in (("lora of full", "lora", "full"), ("qlora of lora", "qlora", "lora")):
         for kind in ("intents", "frames"):
-            over = best[high][kind]["value"]
-            found[f"{name}, {kind}"] = best[low][kind]["value"] / over if over else None
+            pair = (rows[best[m]["method"], best[m]["learning_rate"]][kind] for m in (low, high))
+            found[f"{name}, {kind}"] = kept(*pair)
     return found
 
 
@@ -274,6 +285,7 @@ def main(args):
     results = gathered(parts(args), args.work, args.budget)
     seconds, before = results.pop("time", None), results.pop("before", None)
     cases = [results.pop(name) for name in list(results) if name.startswith("memory ")]
+    rows = {(r["method"], r["learning_rate"]): dict(r) for r in results.values()}
     runs, made = list(results.values()), {"seconds": seconds, "memory": cases}
     kinds = ("weights", "gradients", "optimiser", "activations", "logits", "working", "total", "resident")
     table(("method", "rows x tokens", "measured, MB", *kinds), memory_rows(made["memory"]))
@@ -284,8 +296,11 @@ def main(args):
         known = [shown(found) for found in made["before"].values()]
         print(f"ARC-Easy before: {known[0]}, by a character {known[1]}\n")
     made["verdicts"] = savings(made["memory"])
-    made["verdicts"] |= shares(runs) if {run["method"] for run in runs} == set(DTYPES) else {}
-    table(("share", "value"), [(k, "-" if v is None else f"{v:.1%}") for k, v in made["verdicts"].items()])
+    made["verdicts"] |= shares(runs, rows) if {run["method"] for run in runs} == set(DTYPES) else {}
+    table(
+        ("share", "value"),
+        [(k, shown(v) if isinstance(v, dict) else f"{v:.1%}") for k, v in made["verdicts"].items()],
+    )
     made["versions"] = {"torch": torch.__version__, "threads": torch.get_num_threads()}
     if args.out:
         write_text(args.out, json.dumps(made, indent=1) + "\n")
