@@ -23,10 +23,10 @@ from trl import SFTTrainer
 
 import ftnb.train
 from conftest import ROOT
-from ftnb.data import Splits, load
+from ftnb.data import Record, Splits, load
 from ftnb.model import load_tokenizer
-from ftnb.plan import Recipe
-from ftnb.train import Trainer, can_share, labelled_loss, make_trainer, share, shared_loss
+from ftnb.plan import InputError, Recipe
+from ftnb.train import Trainer, can_share, labelled_loss, make_trainer, share, shared_loss, train
 from toys import lines, toy_model
 from toys import rows as toy_rows
 
@@ -295,6 +295,59 @@ def test_rows_padded_on_the_left_and_adapters_with_dropout_get_the_plain_loss(tm
     assert not shared
     trainer.compute_loss(trainer.model, first_batch(trainer))
     assert shared
+
+
+def made(tmp_path, name):
+    text = toy_rows(44)
+    records = [Record(f"r{n}", ({"role": "user", "content": t},), a, a) for n, (t, a) in enumerate(text)]
+    model = tmp_path / "toy" if (tmp_path / "toy").exists() else toy_model(tmp_path / "toy")
+    sizes = dict(batch_size=8, accumulation=1, epochs=2, evals_per_epoch=1, max_new_tokens=4, r=4, alpha=8)
+    recipe = Recipe(task="classification", model=str(model), learning_rate=1e-2, dtype="float32", **sizes)
+    return recipe, Splits(records[:28], records[28:36], records[36:]), tmp_path / name
+
+
+def curve(run):
+    return [h.get("loss", h.get("eval_loss")) for h in run.history]
+
+
+def test_rows_laid_end_to_end_give_the_losses_of_padded_rows(tmp_path, monkeypatch):
+    padded_rows, seen = train(*made(tmp_path, "padded")), []
+    step = Trainer.training_step
+
+    def look(self, model, inputs, *args):
+        seen.append((len(inputs["input_ids"]), "attention_mask" in inputs))
+        return step(self, model, inputs, *args)
+
+    monkeypatch.setattr(Trainer, "training_step", look)
+    monkeypatch.setattr(ftnb.train, "without_padding", lambda model: True)
+    monkeypatch.setattr(
+        ftnb.train, "END_TO_END", "sdpa"
+    )  # on a CPU; it tells rows apart by positions as well
+    end_to_end = train(*made(tmp_path, "end"))
+    assert set(seen) == {(1, False)}
+    assert curve(end_to_end) == pytest.approx(curve(padded_rows), abs=1e-4)
+    assert max(curve(padded_rows)) - min(curve(padded_rows)) > 0.1
+
+
+def test_rows_laid_end_to_end_are_named_when_their_loss_is_no_number(tmp_path, monkeypatch):
+    monkeypatch.setattr(ftnb.train, "without_padding", lambda model: True)
+    monkeypatch.setattr(ftnb.train, "END_TO_END", "sdpa")
+    loss = Trainer.compute_loss
+    monkeypatch.setattr(Trainer, "compute_loss", lambda *a, **k: loss(*a, **k) * float("inf"))
+    with pytest.raises(
+        InputError, match=r"before update 1: loss is inf on rows r\d+, r\d+, r\d+, r\d+ and 4 more"
+    ):
+        train(*made(tmp_path, "broken"))
+
+
+@pytest.mark.gpu
+def test_flash_attention_gives_the_losses_of_padded_rows(tmp_path, monkeypatch):
+    pytest.importorskip("flash_attn")
+    recipe, splits, out = made(tmp_path, "end")
+    end_to_end = train(recipe.replace(dtype="bfloat16"), splits, out)
+    monkeypatch.setattr(ftnb.train, "without_padding", lambda model: False)
+    padded_rows = train(recipe.replace(dtype="bfloat16"), splits, tmp_path / "padded")
+    assert curve(end_to_end) == pytest.approx(curve(padded_rows), rel=0.01)
 
 
 @pytest.mark.slow
