@@ -1152,4 +1152,5 @@ d = { 'settings': { 'branch': 'main',
                             'ftnb.train.together': ('train.html#together', 'ftnb/train.py'),
                             'ftnb.train.trackers': ('train.html#trackers', 'ftnb/train.py'),
                             'ftnb.train.train': ('train.html#train', 'ftnb/train.py'),
-                            'ftnb.train.uncast': ('train.html#uncast', 'ftnb/train.py')}}}
+                            'ftnb.train.uncast': ('train.html#uncast', 'ftnb/train.py'),
+                            'ftnb.train.without_padding': ('train.html#without_padding', 'ftnb/train.py')}}}

@@ -280,7 +280,11 @@ def _opened(out, key, keep):
         raise InputError(f"{out} holds a sweep of another recipe or other rows; name another folder")
     write_text(held, json.dumps(key, indent=1))
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    place = optuna.storages.journal.JournalFileBackend(str(out / "study.log"))
+    log = (out / "study.log").resolve()
+    Path(f"{log}.lock").unlink(
+        missing_ok=True
+    )  # of a killed sweep: Optuna would wait for it; we hold the folder
+    place = optuna.storages.journal.JournalFileBackend(str(log))
     halving = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=keep)
     kept = {"storage": optuna.storages.JournalStorage(place), "load_if_exists": True}
     study = optuna.create_study(study_name="sweep", direction="maximize", pruner=halving, **kept)
