@@ -288,8 +288,11 @@ def _opened(out, key, keep):
     halving = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=keep)
     kept = {"storage": optuna.storages.JournalStorage(place), "load_if_exists": True}
     study = optuna.create_study(study_name="sweep", direction="maximize", pruner=halving, **kept)
-    for cut in study.get_trials(states=(optuna.trial.TrialState.RUNNING, optuna.trial.TrialState.WAITING)):
-        study.tell(cut.number, state=optuna.trial.TrialState.FAIL)
+    states = optuna.trial.TrialState
+    for _ in study.get_trials(states=(states.WAITING,)):
+        study.ask()  # a trial that was never begun cannot be ended
+    for cut in study.get_trials(states=(states.RUNNING,)):
+        study.tell(cut.number, state=states.FAIL)
     return study
 
 

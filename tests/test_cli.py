@@ -200,7 +200,7 @@ def test_help_names_every_option_and_its_meaning(tmp_path):
         function = getattr(cli, verb)
         assert function.__doc__.split(";")[0].rstrip(".")[:40] in text
         for name, part in docments(function, full=True, returns=False).items():
-            if part["anno"] in (Recipe, cli.Source):
+            if part["anno"] in (Recipe, cli.Source, cli.General):
                 for field, comment in docments(part["anno"], full=True, returns=False).items():
                     assert "--" + field.replace("_", "-") in text
                     assert " ".join(comment["docment"].split()) in text

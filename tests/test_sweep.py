@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import optuna
 import pytest
 
 from conftest import ROOT
@@ -53,6 +54,11 @@ def test_killed_in_the_middle_it_goes_on(folder):
     assert "recommended: learning_rate" in done.stdout and (folder / "found/sweep.png").stat().st_size > 5000
     assert Recipe.load(folder / "best.toml").learning_rate in (2e-4, 1e-4, 1e-3, 1e-2)
     assert not list((folder / "found/trials").rglob("*.safetensors")), "checkpoints of trials are left behind"
+    log = optuna.storages.journal.JournalFileBackend(str(folder / "found/study.log"))
+    study = optuna.load_study(study_name="sweep", storage=optuna.storages.JournalStorage(log))
+    for setting in (0, 1):  # a kill while one trial runs and another waits
+        study.enqueue_trial({"setting": setting})
+    study.ask()
     (folder / "found/study.log.lock").symlink_to("found/study.log")  # what a kill inside Optuna leaves
     assert ftnb(*asked, cwd=folder, timeout=120).stdout == done.stdout
 
