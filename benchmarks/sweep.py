@@ -2,7 +2,7 @@
 
     python benchmarks/sweep.py [--data DIR] [--work DIR] [--out FILE]
 
-On two cores about ten minutes. Trials are kept in --work, so a sweep that was stopped goes on. Prints the verdict; --out
+On two cores about twenty minutes. Trials are kept in --work, so a sweep that was stopped goes on. Prints the verdict; --out
 writes every trial with its answers, from which the notebook draws the figure. DIR holds banking77/train.jsonl.
 """
 
