@@ -937,7 +937,7 @@ def evaluate(
 ) -> list:  # a Report for each system, in the order asked
     "Ask the test rows of a run to the base model, the base with examples, the tuned model, and TF-IDF."
     names, folder = words(systems, SYSTEMS, "--systems"), finished(run)
-    from ftnb.evaluate import Report, classes_of
+    from ftnb.evaluate import Report, classes_of, look
     from ftnb.evaluate import evaluate as judge
     from ftnb.train import Run
 
@@ -953,6 +953,7 @@ def evaluate(
 
         def make(name=name, path=path):
             report = judge(answers(name), done.recipe.task, name, labels=labels, leaked=done.leaked)
+            report = look(folder.parent / "looks.jsonl", report)
             report.save(path)
             return report
 
@@ -990,6 +991,7 @@ def headline(
     told += [
         f"without {len(report.leaked):,} leaked rows {k} {v}" for k, v in list(report.unseen.items())[:1]
     ]
+    told += [f"look {report.looks} at these rows"] * (report.looks > 1)
     return "; ".join(told)
 
 # %% ../nbs/07_cli.ipynb #5d2a060d

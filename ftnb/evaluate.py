@@ -6,22 +6,24 @@ Docs: https://ftnb.github.io/ftnb/evaluate.html.md"""
 
 # %% auto #0
 __all__ = ['FRAME_SCHEMA', 'HITS', 'SUMS', 'PACKAGES', 'TITLES', 'TASK_METRICS', 'COLOURS', 'SHOWN', 'ADVICE', 'SLOT_KINDS',
-           'Prediction', 'wilson', 'Estimate', 'rate', 'json_object', 'slot_pairs', 'valid_json', 'frame_schema',
-           'frame_hit', 'slot_counts', 'class_counts', 'f1_of', 'macro_f1_of', 'resample', 'bootstrap', 'score',
-           'accuracy', 'macro_f1', 'frame_match', 'intent_accuracy', 'slot_f1', 'json_validity', 'classes_of',
-           'valid_labels', 'finished', 'Report', 'evaluate', 'without_leaked', 'mcnemar', 'rows_needed',
-           'min_detectable', 'swap_test', 'paired_bootstrap', 'Comparison', 'compare', 'holm', 'compare_all',
-           'baseline_majority', 'baseline_tfidf', 'task_prompt', 'few_shots', 'predict', 'Failure', 'FailureList',
-           'by_kind', 'failures', 'per_class', 'worst_slices', 'confusion', 'plot_confusion', 'plot_comparison',
-           'plot_failures', 'next_steps']
+           'Prediction', 'wilson', 'group_sums', 'effective_rows', 'groups_of', 'Estimate', 'rate', 'json_object',
+           'slot_pairs', 'valid_json', 'frame_schema', 'frame_hit', 'slot_counts', 'class_counts', 'f1_of',
+           'macro_f1_of', 'resample', 'bootstrap', 'score', 'accuracy', 'macro_f1', 'frame_match', 'intent_accuracy',
+           'slot_f1', 'json_validity', 'classes_of', 'valid_labels', 'finished', 'Report', 'evaluate', 'without_leaked',
+           'mcnemar', 'rows_needed', 'min_detectable', 'swap_test', 'paired_bootstrap', 'Comparison', 'compare', 'holm',
+           'compare_all', 'looks_at', 'look', 'baseline_majority', 'baseline_tfidf', 'task_prompt', 'few_shots',
+           'predict', 'Failure', 'FailureList', 'by_kind', 'failures', 'per_class', 'worst_slices', 'confusion',
+           'plot_confusion', 'plot_comparison', 'plot_failures', 'next_steps']
 
 # %% ../nbs/05_evaluate.ipynb #f05920e3
+import hashlib
 import html
 import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import NormalDist
@@ -61,8 +63,8 @@ class Prediction:
 
 # %% ../nbs/05_evaluate.ipynb #913ba67f
 def wilson(
-    hits: int,  # rows that are right, 0..n
-    n: int,  # rows, 0..
+    hits: float,  # rows that are right, 0..n
+    n: float,  # rows, 0..
     confidence: float = 0.95,  # share of such intervals that hold the true rate
 ) -> tuple[float, float]:  # low, high; 0..1
     "Interval for a rate; sensible at 0 and at n too, where the textbook interval has no width."
@@ -72,6 +74,44 @@ def wilson(
     centre = (hits + z * z / 2) / (n + z * z)
     half = z / (n + z * z) * math.sqrt(hits * (n - hits) / n + z * z / 4)
     return max(0.0, centre - half), min(1.0, centre + half)
+
+# %% ../nbs/05_evaluate.ipynb #9d9ac0de
+def group_sums(
+    counts: np.ndarray,  # N or N x K, one row for each record
+    groups: list,  # N names
+) -> np.ndarray:  # G or G x K, in order of name
+    "What each group adds up to."
+    _, place = np.unique([str(g) for g in groups], return_inverse=True)
+    sums = np.zeros((place.max(initial=-1) + 1, *np.shape(counts)[1:]), np.asarray(counts).dtype)
+    np.add.at(sums, place, counts)
+    return sums
+
+
+def effective_rows(
+    values: list[float],  # one for each row, such as right or not
+    groups: list,  # N names; rows of one group hang together
+) -> float:  # 1..N
+    "Single rows that would pin the mean down as well; the number of groups where nothing varies."
+    from scipy.stats import t
+
+    values = np.asarray(values, float)
+    spread = group_sums(values - values.mean(), groups)
+    n, many = len(values), len(spread)
+    if many < 2 or not values.var():
+        return float(many)
+    if many == n:
+        return float(n)
+    varied = many / (many - 1) * (spread**2).sum() / n**2
+    few = (NormalDist().inv_cdf(0.975) / t.ppf(0.975, many - 1)) ** 2
+    return max(1.0, n / max(1.0, varied / (values.var() / n)) * few)
+
+
+def groups_of(
+    predictions: list["Prediction"],  # one a test record
+) -> list[str] | None:  # a name for each; None where every record stands alone
+    "The groups that records name; a record without one is its own."
+    names = [f"id {p.id}" if p.group is None else f"group {p.group}" for p in predictions]
+    return names if len(set(names)) < len(names) else None
 
 # %% ../nbs/05_evaluate.ipynb #30771880
 @dataclass(frozen=True)
@@ -98,12 +138,17 @@ class Estimate:
 def rate(
     hits: list[bool],  # one for each row: right or not
     unit: str = "records",  # what a row is
+    groups: list | None = None,  # N names; rows of one group hang together, see `effective_rows`
 ) -> Estimate:
     "The share of true values, with its Wilson interval; raises `InputError` when there are none to count."
     if not len(hits):
         raise InputError("no predictions to score: give at least one row")
     right = int(sum(map(bool, hits)))
-    return Estimate(right / len(hits), len(hits), *wilson(right, len(hits)), unit=unit)
+    if groups is None:
+        return Estimate(right / len(hits), len(hits), *wilson(right, len(hits)), unit=unit)
+    rows = effective_rows(hits, groups)
+    ends = wilson(rows * right / len(hits), rows)
+    return Estimate(right / len(hits), len(hits), *ends, unit=unit, method="wilson, grouped")
 
 # %% ../nbs/05_evaluate.ipynb #8bfb620e
 FRAME_SCHEMA = {
@@ -276,17 +321,19 @@ def score(
 ) -> Estimate:
     "One metric with its interval: Wilson for a rate, bootstrap over records for a number made from sums."
     if metric in HITS:
-        return rate([HITS[metric](p) for p in predictions])
+        return rate([HITS[metric](p) for p in predictions], groups=groups_of(predictions))
     if metric not in SUMS:
         raise InputError(f"no metric {metric!r}; valid: {', '.join([*HITS, *SUMS])}")
     if not predictions:
         raise InputError("no predictions to score: give at least one row")
     count, value = SUMS[metric]
     counts = count(predictions)
-    number, (low, high) = float(value(counts.sum(0))), bootstrap(counts, value, seed=seed)
+    groups = groups_of(predictions)
+    number, (low, high) = float(value(counts.sum(0))), bootstrap(counts, value, seed=seed, groups=groups)
     if low == high:  # all right or all wrong: the bootstrap has seen no variation, Wilson knows better
-        low, high = wilson(round(number * len(predictions)), len(predictions))
-    return Estimate(number, len(predictions), low, high, method="bootstrap")
+        rows = len(set(groups or range(len(predictions))))
+        low, high = wilson(round(number * rows), rows)
+    return Estimate(number, len(predictions), low, high, method="bootstrap" + ", grouped" * bool(groups))
 
 # %% ../nbs/05_evaluate.ipynb #2546da13
 def accuracy(
@@ -330,7 +377,7 @@ def json_validity(
 ) -> Estimate:
     "Rate of outputs that are one JSON object fitting the schema, with no text around it."
     shape = schema or (FRAME_SCHEMA if any(parse_frame(p.expected) for p in predictions) else {})
-    return rate([valid_json(p.output, shape) for p in predictions])
+    return rate([valid_json(p.output, shape) for p in predictions], groups=groups_of(predictions))
 
 
 def classes_of(
@@ -351,14 +398,15 @@ def valid_labels(
 ) -> Estimate:
     "Rate of outputs that name a known class."
     known = set(labels) or {p.wanted for p in predictions}
-    return rate([p.answered in known for p in predictions])
+    return rate([p.answered in known for p in predictions], groups=groups_of(predictions))
 
 
 def finished(
     predictions: list[Prediction],  # one a test record
 ) -> Estimate:
     "Rate of answers that the model ended itself, among rows where that is known."
-    return rate([p.stopped for p in predictions if p.stopped is not None])
+    told = [p for p in predictions if p.stopped is not None]
+    return rate([p.stopped for p in told], groups=groups_of(told))
 
 # %% ../nbs/05_evaluate.ipynb #23ea0391
 PACKAGES = {"rouge_l": "rouge_score", "chrf": "sacrebleu"}
@@ -446,6 +494,7 @@ class Report:
     labels: tuple[str, ...] = ()  # classes known from training
     notes: tuple[str, ...] = ()  # what was left out, and why
     leaked: tuple[str, ...] = ()  # ids of the records that training has seen
+    looks: int = 1  # how often these records had been looked at, this time included; see `look`
     unseen: dict[str, Estimate] = field(default_factory=dict)  # the metrics without those records
 
     def _repr_markdown_(self):
@@ -455,7 +504,8 @@ class Report:
         for name, e in ((TITLES.get(k, k) + more, e) for more, part in both for k, e in part.items()):
             n = f"{e.n:,}" + ("" if e.unit == "records" else f" {e.unit}")
             lines.append(f"| {name} | {e.value:.3f} | {e.low:.3f} to {e.high:.3f} | {n} |")
-        return "\n".join([*lines, *(f"\n{note}" for note in self.notes)])
+        told = [f"These records have been looked at {self.looks:,} times."] if self.looks > 1 else []
+        return "\n".join([*lines, *(f"\n{note}" for note in [*self.notes, *told])])
 
     def __repr__(self):
         numbers = ", ".join(f"{name} {e.value:.3f}" for name, e in self.metrics.items())
@@ -533,7 +583,7 @@ def evaluate(
         notes.append(f"{len(seen):,} of {len(predictions):,} test records stand in training.")
     unseen = _numbers(rest, kind, labels, schema, seed)[0] if seen and rest else {}
     rows = (tuple(predictions), tuple(labels), tuple(notes), seen)
-    return Report(system, kind, len(predictions), metrics, *rows, unseen)
+    return Report(system, kind, len(predictions), metrics, *rows, unseen=unseen)
 
 
 def without_leaked(
@@ -553,13 +603,25 @@ def without_leaked(
 def mcnemar(
     a: list[bool],  # right or not, one for each row
     b: list[bool],  # the same rows, the other system
+    groups: list | None = None,  # N names; the answers of a group are swapped together
 ) -> float:  # p, 0..1
     "Chance that two equal systems differ at least this much: exact, two-sided binomial on the discordant rows."
     if len(a) != len(b):
         raise InputError(f"mcnemar compares the same rows: got {len(a)} and {len(b)}")
+    if groups is not None:
+        return _coins([int(gap) for gap in group_sums(np.asarray(a, int) - np.asarray(b, int), groups)])
     only_a = sum(bool(x) and not y for x, y in zip(a, b))
     only_b = sum(bool(y) and not x for x, y in zip(a, b))
     return _coin(only_a, only_b)
+
+
+def _coins(gaps):  # p of a sum of +-gaps, exact: the sum's distribution is built up group by group
+    sizes = [abs(gap) for gap in gaps if gap]
+    chance, seen = np.ones(1), abs(sum(gaps))
+    for size in sizes:
+        chance = np.convolve(chance, [0.5, *[0.0] * (2 * size - 1), 0.5])
+    sums = np.arange(len(chance)) - sum(sizes)
+    return float(min(1.0, chance[abs(sums) >= seen].sum()))
 
 
 def _coin(heads, tails):
@@ -651,6 +713,8 @@ class Comparison:
     p: float  # paired test; adjusted where several systems are compared
     discordant: float | None  # share of records where exactly one is right; None for F1
     detectable: float  # gap that shows in 4 of 5 such tests
+    groups: int | None = None  # of records that hang together; None = each stands alone
+    looks: int = 1  # how often these records had been looked at, this time included; see `look`
 
     @property
     def difference(self) -> float:  # a - b
@@ -658,17 +722,26 @@ class Comparison:
 
     @property
     def verdict(self) -> str:  # better | worse | not shown
-        "What the test shows of `a`; raises no hopes: p < 0.05 and an interval without zero, or 'not shown'."
-        if self.p < 0.05 and (self.low > 0 or self.high < 0):
-            return "better" if self.low > 0 else "worse"
+        "Of `a`: p < 0.05 for all looks, an interval without zero and a gap of `detectable` or more, or 'not shown'."
+        if self.differs and abs(self.difference) >= self.detectable:
+            return "better" if self.difference > 0 else "worse"
         return "not shown"
 
+    @property
+    def differs(self) -> bool:
+        "True where the test tells the two apart, however small the gap; p counts once for each look."
+        return self.p * self.looks < 0.05 and (self.low > 0 or self.high < 0)
+
     def __str__(self):
-        word = {"better": "better than", "worse": "worse than"}.get(self.verdict, "not shown to differ from")
+        words = {"better": "is better than", "worse": "is worse than"}
+        small = "differs, by less than this test can size, from"
+        word = words.get(self.verdict, small if self.differs else "is not shown to differ from")
         p = "p < 0.001" if self.p < 0.001 else f"p = {self.p:.3f}"
+        p += f" at look {self.looks} (times {self.looks})" if self.looks > 1 else ""
         gap = f"{100 * self.difference:+.1f} points ({100 * self.low:+.1f} to {100 * self.high:+.1f})"
+        n = f"n = {self.n:,}" + (f" in {self.groups:,} groups" if self.groups else "")
         return (
-            f"{self.a} is {word} {self.b} on {TITLES.get(self.metric, self.metric)}: {gap}, n = {self.n:,}, {p}; "
+            f"{self.a} {word} {self.b} on {TITLES.get(self.metric, self.metric)}: {gap}, {n}, {p}; "
             f"in 4 of 5 such tests a gap of {100 * self.detectable:.1f} points shows"
         )
 
@@ -711,17 +784,21 @@ def compare(
         raise InputError(f"no metric {metric!r} to compare by; valid: {', '.join([*HITS, *SUMS])}")
     rows_a, rows_b = _paired(a, b)
     (x, value), (y, _) = _metric_counts(rows_a, metric), _metric_counts(rows_b, metric)
-    low, high = paired_bootstrap(x, y, value, seed)
+    groups = groups_of(rows_a)
+    low, high = paired_bootstrap(x, y, value, seed, groups)
     if metric in HITS:
-        discordant = float(np.mean(x[:, 0] != y[:, 0]))
-        p, detectable = mcnemar(x[:, 0], y[:, 0]), min_detectable(len(x), discordant)
+        won, lost = x[:, 0], y[:, 0]
+        rows = int(effective_rows(won - lost, groups)) if groups else len(x)
+        discordant = float(np.mean(won != lost))
+        p, detectable = mcnemar(won, lost, groups), min_detectable(max(1, rows), discordant)
     else:
-        discordant, p = None, swap_test(x, y, value, seed=seed)
-        detectable = (
-            (high - low) / (2 * 1.96) * (1.96 + 0.84)
-        )  # 5% level, 80% power, from the interval's width
+        sums = [group_sums(counts, groups) if groups else counts for counts in (x, y)]
+        discordant, p = None, swap_test(*sums, value, seed=seed)
+        # 5% level, 80% power, from the interval's width
+        detectable = (high - low) / (2 * 1.96) * (1.96 + 0.84)
     values = float(value(x.sum(0))), float(value(y.sum(0)))
-    return Comparison(a.system, b.system, metric, len(x), *values, low, high, p, discordant, detectable)
+    tested = (low, high, p, discordant, detectable, len(set(groups)) if groups else None)
+    return Comparison(a.system, b.system, metric, len(x), *values, *tested, max(a.looks, b.looks))
 
 # %% ../nbs/05_evaluate.ipynb #9ba4a038
 def holm(
@@ -743,6 +820,51 @@ def compare_all(
     "`compare` against each, with p values adjusted for their number."
     found = [compare(a, b, metric) for b in others]
     return [replace(c, p=p) for c, p in zip(found, holm([c.p for c in found]))]
+
+# %% ../nbs/05_evaluate.ipynb #49912202
+def _hash(rows):
+    return hashlib.sha256(json.dumps(sorted(rows), ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+def looks_at(
+    path: str | Path,  # a file that `look` writes; may be absent
+) -> list[dict]:  # records, answers (hashes), system, n, metric, value, when; oldest first
+    "The looks on record; raises `InputError` with the line for what is none."
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n") if Path(path).exists() else []
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read looks {path}: {error}") from error
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.strip():
+                found.append(json.loads(line))
+                [found[-1][name] for name in ("records", "answers", "system")]
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(f"{path}, line {number}: not a look at test rows: {line[:60]!r}") from error
+    return found
+
+
+def look(
+    path: str | Path,  # JSON Lines, one for all runs that share a test; made where it is absent
+    report: Report,  # from `evaluate`
+) -> Report:  # with `looks` counted: different answers of a system of this name to these records
+    "Write down that these records were looked at; the same answers again count once."
+    rows = report.predictions
+    key = {
+        "records": _hash([p.id, p.text, p.expected] for p in rows),
+        "system": report.system,
+        "answers": _hash([p.id, p.output] for p in rows),
+    }
+    before = [x for x in looks_at(path) if (x["records"], x["system"]) == (key["records"], key["system"])]
+    order = list(dict.fromkeys(x["answers"] for x in before))
+    if key["answers"] not in order:
+        order.append(key["answers"])
+        metric, e = next(iter(report.metrics.items()))
+        told = {"n": report.n, "metric": metric, "value": e.value, "when": datetime.now(UTC).isoformat()}
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(key | told) + "\n")
+    return replace(report, looks=order.index(key["answers"]) + 1)
 
 # %% ../nbs/05_evaluate.ipynb #c6edf153
 def _classes(records):

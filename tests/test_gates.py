@@ -1,6 +1,7 @@
 """Rows that must not be trained on: a test that training has seen, and medical rows that nobody looked at. Toy model."""
 
 import json
+import shutil
 
 import pytest
 
@@ -47,6 +48,13 @@ def test_allowed_leakage_scores_with_and_without(folder):
     report = json.loads((folder / "allowed/reports/tfidf.json").read_text("utf-8"))
     assert (report["metrics"]["accuracy"]["n"], report["unseen"]["accuracy"]["n"]) == (23, 18)
     assert len(report["leaked"]) == 5
+    looks = [json.loads(line) for line in (folder / "looks.jsonl").read_text("utf-8").splitlines()]
+    assert [look["system"] for look in looks] == ["tuned", "tfidf"] and report["looks"] == 1
+    shutil.copytree(folder / "allowed", folder / "changed")
+    shutil.rmtree(folder / "changed/reports")
+    done = ftnb("evaluate", "changed", "--systems", "tuned,tfidf", cwd=folder)
+    assert done.returncode == 0, done.stderr  # the same answers from another folder are no further look
+    assert (folder / "looks.jsonl").read_text("utf-8").count("\n") == 2
 
 
 def test_leaked_rows_can_be_left_out_of_training(folder):
