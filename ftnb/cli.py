@@ -11,8 +11,8 @@ __all__ = ['USER_ERRNO', 'STORE_ROWS', 'ALONE', 'STORE', 'RECIPES', 'SYSTEMS', '
            'Steps', 'clear', 'room', 'plan', 'audit', 'review', 'in_tokens', 'refuse_long', 'audit_in_pieces',
            'describe', 'write_evidence', 'asked', 'replayed', 'forgetting', 'advise', 'prepare_training',
            'look_at_lengths', 'train', 'values_of', 'sweep', 'words', 'finished', 'Answers', 'evaluate', 'run_key',
-           'comparisons_of', 'headline', 'deploy', 'agreed', 'size', 'serve', 'free_port', 'run', 'Sharing', 'start',
-           'parser', 'main', 'dispatch']
+           'comparisons_of', 'headline', 'deploy', 'agreed', 'size', 'check_endpoint', 'serve', 'free_port', 'run',
+           'Sharing', 'start', 'spelled', 'parser', 'main', 'dispatch']
 
 # %% ../nbs/07_cli.ipynb #9931b718
 import argparse
@@ -1056,6 +1056,45 @@ def size(
     "Size of a folder for people."
     return f"{sum(f.stat().st_size for f in Path(folder).rglob('*') if f.is_file()) / 1e6:,.0f} MB"
 
+# %% ../nbs/07_cli.ipynb #6de88d15
+def check_endpoint(
+    url: str,  # of the server, such as http://127.0.0.1:8000
+    run: str,  # folder of the run that it should answer like
+    model: str = "",  # name to ask for; without it the first that the server lists
+    key: str = "",  # API key; $FTNB_API_KEY where it is not given
+    rows: int = 100,  # test rows whose prompts are compared; odd messages come on top
+    asks: int = 8,  # prompts that are answered, to see whether answers end; 0 = none
+) -> int:  # exit code: 0 equal, 2 differs
+    "Replay the run's prompts against a server, and name the first token that differs from training."
+    folder = finished(run)
+    from ftnb.endpoint import check_endpoint as check
+    from ftnb.endpoint import golden_prompts
+    from ftnb.model import load_tokenizer
+    from ftnb.train import Run
+
+    done = Run.load(folder)
+    tokenizer = load_tokenizer(done.adapter_dir)
+    golden = golden_prompts(tokenizer, list(done.splits.test), done.recipe.system, rows)
+    known = _own_answers(folder)
+    answers = dict([(g["id"], known[g["id"]]) for g in golden if g["id"] in known][:asks])
+    limit = done.recipe.max_new_tokens
+    found = check(url, tokenizer, golden, answers, model, key or os.environ.get("FTNB_API_KEY", ""), limit)
+    say(f"{'equal' if found.ok else 'differs':13}{found}", None if found.ok else "yellow")
+    for d in found.drifts[:5]:
+        say(f"             {d.id}, token {d.position}: {d.wanted!r} in training, {d.got!r} there; {d.cause}")
+    for line in found.endless[:5]:
+        say(f"             {line}")
+    return 0 if found.ok else 2
+
+
+def _own_answers(folder):  # what the run said to test rows, where it ended by itself
+    path = folder / "reports" / "tuned.json"
+    if not path.exists():
+        return {}
+    from ftnb.evaluate import Report
+
+    return {p.id: p.output for p in Report.load(path).predictions if p.stopped}
+
 # %% ../nbs/07_cli.ipynb #fa9afa09
 def serve(
     run: str,  # folder of a run, or of one export
@@ -1151,12 +1190,23 @@ def start(
     return launch(line)
 
 # %% ../nbs/07_cli.ipynb #f9b39b9f
-VERBS = (plan, audit, review, sweep, train, evaluate, deploy, serve, run)
+VERBS = (plan, audit, review, sweep, train, evaluate, deploy, serve, check_endpoint, run)
 QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
 }
+
+
+def spelled(
+    verb,  # a function of this module
+) -> str:  # as it is typed
+    "The name of a verb on the command line."
+    return verb.__name__.replace("_", "-")
+
+
+def _positional(name, parameter):
+    return parameter.default is inspect.Parameter.empty and name != "recipe"
 
 
 def parser() -> Parser:  # for all verbs
@@ -1172,9 +1222,9 @@ def parser() -> Parser:  # for all verbs
     subs = top.add_subparsers(dest="verb", metavar="verb", parser_class=Parser)
     for verb in VERBS:
         told = {"help": verb.__doc__, "description": verb.__doc__}
-        first = next(iter(inspect.signature(verb).parameters))
-        usage = f"ftnb {verb.__name__} {'RUN ' if first == 'run' else ''}[options]"
-        sub = subs.add_parser(verb.__name__, usage=usage, parents=[common], allow_abbrev=False, **told)
+        typed = [n.upper() for n, p in inspect.signature(verb).parameters.items() if _positional(n, p)]
+        usage = " ".join(["ftnb", spelled(verb), *typed, "[options]"])
+        sub = subs.add_parser(spelled(verb), usage=usage, parents=[common], allow_abbrev=False, **told)
         add_flags(sub, verb)
         if "source" in inspect.signature(verb).parameters:
             add_flags(sub.add_argument_group("data"), Source)
@@ -1201,9 +1251,9 @@ def main(
 
 def dispatch(
     words: list[str],  # what the user typed
-) -> int | None:  # exit code of the processes that were started; None where there were none
+) -> int | None:  # exit code, where a verb or the processes it started have one
     "Parse and run one verb."
-    top, verbs = parser(), {v.__name__: v for v in VERBS}
+    top, verbs = parser(), {spelled(v): v for v in VERBS}
     if words and not words[0].startswith("-") and words[0] not in verbs:
         near = difflib.get_close_matches(words[0], verbs, n=1)
         raise InputError(
@@ -1226,7 +1276,7 @@ def dispatch(
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if args.get("launch") or args.get("launch_print"):
         return start(words, Sharing(**{f.name: args[f.name] for f in fields(Sharing)}))
-    verb(**given)
+    return verb(**given)
 
 # %% ../nbs/07_cli.ipynb #906f768a
 if __name__ == "__main__":  # `python -m ftnb.cli`, which is how `accelerate launch` starts it

@@ -1208,16 +1208,29 @@ async def _body(request, limit=1_000_000, seconds=10):
     return body if len(body) <= limit else None
 
 # %% ../nbs/06_deploy.ipynb #6708a954
+async def _asked(desk, name, request):  # the request and its prompt, or a refusal and None
+    body = await _body(request)
+    if body is None:
+        return problem(413, "the body is larger than 1,000,000 bytes"), None
+    asked = chat_request(body)
+    if asked.model not in (None, "", name):
+        return problem(404, f"no model {asked.model!r} here; the one served is {name!r}"), None
+    return asked, desk.engine.prompt(list(asked.messages), asked.tools)
+
+
+async def _tokens_of(desk, name, request):
+    asked, ids = await _asked(desk, name, request)
+    if ids is None:
+        return asked
+    return {"count": len(ids), "max_model_len": desk.engine.context, "tokens": ids}
+
+
 async def _chat(desk, name, request):
     from fastapi.responses import JSONResponse, StreamingResponse
 
-    body = await _body(request)
-    if body is None:
-        return problem(413, "the body is larger than 1,000,000 bytes")
-    asked = chat_request(body)
-    if asked.model not in (None, "", name):
-        return problem(404, f"no model {asked.model!r} here; the one served is {name!r}")
-    ids = desk.engine.prompt(list(asked.messages), asked.tools)
+    asked, ids = await _asked(desk, name, request)
+    if ids is None:
+        return asked
     room = desk.engine.context - len(ids)
     if room < 1:
         return problem(
@@ -1259,7 +1272,7 @@ def make_app(
     api_key: str | None = None,  # requests must carry it; None: no key
     waiting: int = 8,  # requests that may wait
 ):  # FastAPI application
-    "Routes /v1/chat/completions, /v1/models and /health over one engine."
+    "Routes /v1/chat/completions, /v1/models, /tokenize (in vLLM's form) and /health over one engine."
     from fastapi import FastAPI, Request
 
     app, desk = FastAPI(title="ftnb", docs_url=None, redoc_url=None, openapi_url=None), Desk(engine, waiting)
@@ -1287,6 +1300,12 @@ def make_app(
         }
 
     app.add_api_route("/health", lambda: {"status": "ok", "model": name})
+    app.add_api_route(
+        "/tokenize",
+        _route(answered, lambda r: _tokens_of(desk, name, r)),
+        methods=["POST"],
+        response_model=None,
+    )
     app.add_api_route("/v1/models", _route(answered, models), response_model=None)
     app.add_api_route(
         "/v1/chat/completions",
@@ -1334,10 +1353,12 @@ def listen(
     return held
 
 # %% ../nbs/06_deploy.ipynb #5b41897d
-def _server(artifact, api_key, waiting):
+def _server(served, api_key, waiting):
     import uvicorn
 
-    app = make_app(load_for_generation(artifact), artifact.name, api_key, waiting)
+    ready = isinstance(served, (TorchEngine, LlamaEngine))
+    engine, name = (served, "ftnb") if ready else (load_for_generation(served), served.name)
+    app = make_app(engine, name, api_key, waiting)
     return uvicorn.Server(
         uvicorn.Config(app, log_level="warning", timeout_keep_alive=5, limit_concurrency=512)
     )
@@ -1364,13 +1385,13 @@ def serve(
 
 @contextmanager
 def serving(
-    artifact: Artifact,  # what to serve
+    served: Artifact | TorchEngine | LlamaEngine,  # an export, or an engine (its model is called ftnb)
     api_key: str | None = None,  # that requests must carry
     waiting: int = 8,  # requests that may wait
 ):  # yields the base URL
     "The same server in a thread on a free port of this machine, for the length of a with block."
     with listen("127.0.0.1", 0, api_key) as held:
-        server = _server(artifact, api_key, waiting)
+        server = _server(served, api_key, waiting)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [held]}, daemon=True)
         thread.start()
         try:

@@ -35,6 +35,7 @@ ORDER = [
     "sweep",
     "forgetting",
     "deploy",
+    "endpoint",
     "cli",
 ]
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
