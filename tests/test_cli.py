@@ -197,7 +197,7 @@ def test_help_names_every_option_and_its_meaning(tmp_path):
         done = ftnb(verb, "--help", cwd=tmp_path)
         assert done.returncode == 0
         text = " ".join(done.stdout.split())
-        function = getattr(cli, verb)
+        function = getattr(cli, verb.replace("-", "_"))
         assert function.__doc__.split(";")[0].rstrip(".")[:40] in text
         for name, part in docments(function, full=True, returns=False).items():
             if part["anno"] in (Recipe, cli.Source, cli.General):
