@@ -7,12 +7,13 @@ Docs: https://ftnb.github.io/ftnb/cli.html.md"""
 # %% auto #0
 __all__ = ['USER_ERRNO', 'STORE_ROWS', 'ALONE', 'STORE', 'RECIPES', 'SYSTEMS', 'KINDS', 'VERBS', 'QUIET', 'user_error', 'guarded',
            'first', 'once', 'complain', 'parse_value', 'Source', 'General', 'Parser', 'add_flags', 'recipe_flags',
-           'data_recipe', 'recipe_from', 'digest', 'Prepared', 'own_test', 'read', 'reviewed', 'prepare', 'say', 'tell',
-           'Steps', 'clear', 'room', 'plan', 'audit', 'review', 'in_tokens', 'refuse_long', 'audit_in_pieces',
-           'describe', 'write_evidence', 'asked', 'replayed', 'forgetting', 'advise', 'prepare_training',
-           'look_at_lengths', 'train', 'values_of', 'sweep', 'words', 'finished', 'Answers', 'evaluate', 'run_key',
-           'comparisons_of', 'headline', 'deploy', 'agreed', 'size', 'check_endpoint', 'serve', 'free_port', 'run',
-           'Sharing', 'start', 'spelled', 'parser', 'main', 'dispatch']
+           'data_recipe', 'recipe_from', 'digest', 'Prepared', 'own_test', 'sides_kept', 'read', 'reviewed', 'prepare',
+           'say', 'tell', 'Steps', 'clear', 'room', 'plan', 'audit', 'review', 'in_tokens', 'refuse_long',
+           'audit_in_pieces', 'describe', 'write_evidence', 'asked', 'replayed', 'forgetting', 'advise',
+           'prepare_training', 'look_at_lengths', 'train', 'values_of', 'sweep', 'extra_metrics', 'with_extras',
+           'words', 'finished', 'Answers', 'evaluate', 'run_key', 'comparisons_of', 'headline', 'answers_page',
+           'labels', 'deploy', 'agreed', 'size', 'check_endpoint', 'serve', 'free_port', 'run', 'Sharing', 'start',
+           'spelled', 'parser', 'main', 'dispatch']
 
 # %% ../nbs/07_cli.ipynb #9931b718
 import argparse
@@ -57,7 +58,7 @@ from ftnb.data import (
     split,
     store_records,
 )
-from .review import apply_edits, load_edits, queue, require_review
+from .review import apply_edits, load_edits, queue, require_review, save_edits
 from .review import review as look_at
 from ftnb.plan import (
     ARCHES,
@@ -69,6 +70,7 @@ from ftnb.plan import (
     atomic_dir,
     choose_model,
     free_bytes,
+    locked,
     memory_estimate,
     need_space,
     write_text,
@@ -330,11 +332,15 @@ def own_test(
     kept: list[Record],  # deduplicated and grouped
     held: list[Record],  # the user's test rows
     drop_leaked: bool = False,  # leave out of `kept` what is like a row of `held`
+    edits: str = "",  # patch files, as for `reviewed`: references of test rows may be corrected, too
 ) -> tuple[Splits, AuditReport, list[str]]:  # train and val drawn from `kept`; what leaks; what was done
     "Validation is drawn from the data, the test is the user's own, whole and in its order."
     taken, said = {r.id for r in kept}, []
     if any(r.id in taken for r in held):
         held = [replace(r, id=f"test:{r.id}") for r in held]
+    if edits:
+        held, done = reviewed(held, edits)
+        said += [f"test rows: {line}" for line in done[:1]]
     if drop_leaked:
         back = {i for issue in leakage(Splits(held, (), kept)) for i in issue.ids}
         said.append(f"{len(back):,} of {len(kept):,} rows are like a test row and are left out of training")
@@ -345,6 +351,23 @@ def own_test(
     splits = Splits([r for r in kept if r.id not in val], drawn.val, held, recipe.seed)
     whole = Splits(kept, (), held, recipe.seed)  # rows that choose the checkpoint are seen too
     return splits, leakage(whole), said
+
+# %% ../nbs/07_cli.ipynb #72f69d70
+def sides_kept(
+    read: list[Record],  # as they were read
+    kept: list[Record],  # edits applied, deduplicated and grouped
+    draw,  # rows -> Splits
+) -> tuple[Splits, AuditReport, list[str]]:  # splits of `kept`; what leaks; what was done
+    "Rows with corrections stay where they would stand without: no test row moves into training."
+    from ftnb.failures import same_sides
+
+    try:
+        before = draw(group_near(dedupe(read)))
+    except InputError:  # only the edits make the rows fit to be split
+        return draw(kept), AuditReport(), []
+    splits = same_sides(before, read, kept)
+    said = f"edits move no row: sides are those of the rows as they were read ({before.hash[:12]})"
+    return splits, leakage(splits), [said]
 
 # %% ../nbs/07_cli.ipynb #17dc990c
 def read(
@@ -378,6 +401,7 @@ def prepare(
 ) -> Prepared:
     "Read, audit, leave out repeats, group near-identical wordings, split; raises `InputError`."
     records, said, rejected = read(recipe, source, source.data)
+    as_read = records
     if source.edits:
         records, done = reviewed(records, source.edits)
         said += done
@@ -386,11 +410,15 @@ def prepare(
         if source.drop_leaked:
             raise InputError("--drop-leaked needs test rows of your own: --test-data FILE")
         shares, stable = (recipe.val, recipe.test, recipe.seed), recipe.split == "stable"
-        splits, leaks = split(kept, *shares, min_test=recipe.min_test, stable=stable), AuditReport()
+        drawn = lambda rows: split(rows, *shares, min_test=recipe.min_test, stable=stable)  # noqa: E731
+        splits, leaks, told = (
+            sides_kept(as_read, kept, drawn) if source.edits else (drawn(kept), AuditReport(), [])
+        )
+        said += told
     else:
         held, more, bad = read(recipe, source, source.test_data)
         said, rejected = said + more, rejected + bad
-        splits, leaks, told = own_test(recipe, kept, held, source.drop_leaked)
+        splits, leaks, told = own_test(recipe, kept, held, source.drop_leaked, source.edits)
         said += told
     issues = tuple(find_issues(records, recipe.task))
     return Prepared(tuple(records), splits, issues, leaks, tuple(said), tuple(rejected), len(kept))
@@ -467,12 +495,13 @@ class Steps:
 def clear(
     out: Path,  # a run's folder, or one that does not exist
 ) -> None:
-    "Remove a run; raises `InputError` for a folder that is not one."
+    "Remove a run; raises `InputError` for a folder that is not one, or that another process writes."
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not out.is_dir() or not any((out / name).is_file() for name in ("recipe.json", "steps.json")):
         raise InputError(f"{out} is not a run (no recipe.json in it); not removing it, name another folder")
-    shutil.rmtree(out)
+    with locked(out):
+        shutil.rmtree(out, ignore_errors=os.name == "nt")  # there, the lock's own file stays
 
 
 def room(
@@ -788,14 +817,9 @@ def train(
     finished = once(lambda: (folder / "run.json").exists())
     if not finished:
         once(lambda: need_space(folder, needed))
-    began, fresh = time.monotonic(), not folder.exists()
-    try:
-        told = {"allow_leakage": allow_leakage, "force": force, "callbacks": watched}
-        done = fit(recipe, prepared.splits, folder, tokenizer=tokenizer, **told)
-    except InputError:
-        if fresh and first() and not any(folder.glob("checkpoints/*")):
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
+    began = time.monotonic()
+    told = {"allow_leakage": allow_leakage, "force": force, "callbacks": watched}
+    done = fit(recipe, prepared.splits, folder, tokenizer=tokenizer, **told)
     if not first():
         return folder
     write_evidence(prepared, folder)
@@ -860,6 +884,50 @@ def sweep(
     if save:
         say(f"saved        {found.best_recipe.save(save)}")
     return found.best_recipe
+
+# %% ../nbs/07_cli.ipynb #ab2a15c4
+def extra_metrics(
+    metric: str,  # names, divided by commas
+    facts: str,  # path of a table of facts, or empty
+) -> tuple[list[str], list]:  # names that `score` knows, ftnb.metrics.Fact rows
+    "What `--metric` and `--facts` ask for; raises `InputError` for a name or a table that cannot be used."
+    found = [name.strip() for name in metric.split(",") if name.strip()]
+    if found:
+        from ftnb.evaluate import find_metric
+
+        for name in found:
+            find_metric(name)
+    if not facts:
+        return found, []
+    from ftnb.metrics import read_facts
+
+    return found, read_facts(facts)
+
+
+def with_extras(
+    report,  # ftnb.evaluate.Report
+    more: list[str],  # from `extra_metrics`
+    facts: list,  # from `extra_metrics`
+    folder: Path,  # of the run
+):  # the report with those metrics, also on disk
+    "The report with more metrics; what a table of facts says of it is printed."
+    if more:
+        from ftnb.metrics import add_metrics
+
+        report = add_metrics(report, more)
+        report.save(folder / "reports" / f"{report.system}.json")
+        say(f"{report.system:<12} " + ", ".join(f"{name} {report.metrics[name]}" for name in more))
+    if facts:
+        from ftnb.metrics import check_facts
+
+        found = check_facts(report.predictions, facts)
+        worst = (
+            f"; first: {found.faults[0].kind} {found.faults[0].fact!r} ({found.faults[0].place})"
+            if found.faults
+            else ""
+        )
+        say(f"{report.system:<12} facts right in {found.accuracy}{worst}")
+    return report
 
 # %% ../nbs/07_cli.ipynb #73e2621d
 SYSTEMS = ("base", "few-shot", "tuned", "tfidf")
@@ -934,9 +1002,13 @@ class Answers:
 def evaluate(
     run: str,  # folder of a finished run
     systems: str = ",".join(SYSTEMS),  # which to ask
+    page: str = "",  # write all answers side by side to this .html file, to read and to label
+    metric: str = "",  # more metrics, divided by commas: built in, or brought by an installed package
+    facts: str = "",  # .csv, .json or .jsonl of facts that answers must or must not state
 ) -> list:  # a Report for each system, in the order asked
     "Ask the test rows of a run to the base model, the base with examples, the tuned model, and TF-IDF."
     names, folder = words(systems, SYSTEMS, "--systems"), finished(run)
+    more, table = extra_metrics(metric, facts)  # told before a model is loaded
     from ftnb.evaluate import Report, classes_of, look
     from ftnb.evaluate import evaluate as judge
     from ftnb.train import Run
@@ -958,8 +1030,11 @@ def evaluate(
             return report
 
         reports.append(steps.do(name, digest(name, key), make, lambda path=path: Report.load(path), headline))
+    reports = [with_extras(report, more, table, folder) for report in reports]
     for found in comparisons_of(reports):
         say(f"             {found}")
+    if page:
+        answers_page(page, done, reports, labels)
     return reports
 
 
@@ -993,6 +1068,72 @@ def headline(
     ]
     told += [f"look {report.looks} at these rows"] * (report.looks > 1)
     return "; ".join(told)
+
+# %% ../nbs/07_cli.ipynb #d038ee74
+def answers_page(
+    path: str,  # .html file to write
+    run,  # ftnb.train.Run
+    reports: list,  # of ftnb.evaluate.Report, one a system
+    known: tuple[str, ...] = (),  # classes of the training rows
+) -> Path:  # the file
+    "Write the answers of all systems side by side, and say where the tuned one fails and about what."
+    from ftnb.failures import SliceList, failure_clusters, failure_steps, find_slices, traits, write_page
+
+    rows, main = list(run.splits.test), next((r for r in reports if r.system == "tuned"), reports[-1])
+    own = [r for r in run.splits.train if not r.meta.get("replay")]
+    found = SliceList()
+    if main.task not in ("generation", "conversation"):  # there a text in other words may be right
+        found = find_slices(main.predictions, traits(main.predictions, rows, own))
+        for step in failure_steps(found, failure_clusters(main.predictions, known)):
+            say(f"failures     {step}")
+    told = {
+        "slices": found.confirmed,
+        "labels": known,
+        "about": main.system,
+        "title": f"{run.recipe.name}: answers",
+    }
+    made = write_page(path, {r.system: r.predictions for r in reports}, rows, **told)
+    say(f"page         {made}; read, label, then: ftnb labels {run.dir} --file labels.jsonl")
+    return made
+
+# %% ../nbs/07_cli.ipynb #ae786d5e
+def labels(
+    run: str,  # folder of a finished run
+    file: str = "labels.jsonl",  # what the page of `ftnb evaluate --page` gave
+    reviewer: str = "",  # name or initials; without it the name typed on the page
+    out: str = "edits.jsonl",  # file that the patches are added to; give it to --edits later
+) -> Path:  # the file
+    "Turn what was read on the page into patches, and score the answers again where references were wrong."
+    folder = finished(run)
+    from ftnb.evaluate import Report
+    from ftnb.failures import labels_to_edits, load_labels, rescored
+    from ftnb.train import Run
+
+    done = Run.load(folder)
+    edits = labels_to_edits(load_labels(file), [r for _, rows in done.splits.items() for r in rows], reviewer)
+    old = load_edits(out) if Path(out).exists() else []
+    save_edits(out, [e for e in edits if e not in old])
+    changed = {e.id for e in edits if e.field}
+    say(f"labels       {len({e.id for e in edits})} rows, {len(changed)} references corrected, in {out}")
+    own = [r for r in done.splits.test if r.id in changed]
+    if not own:
+        return Path(out)
+    tested = apply_edits(done.splits.test, edits).records
+    after = replace(done.splits, test=tested).hash
+    say(
+        f"test         {len(own)} of {len(tested)} references changed: data {done.splits.hash[:12]} is now {after[:12]}; "
+        "scores from before cannot be compared with scores from now on",
+        "yellow",
+    )
+    for path in sorted((folder / "reports").glob("*.json")):
+        report = Report.load(path)
+        if {p.id for p in report.predictions} <= {r.id for r in tested}:
+            again = rescored(report, tested)
+            name, was = next(iter(report.metrics.items()))
+            say(
+                f"             {report.system}: {name} {was.value:.3f}, with the new references {again.metrics[name]}"
+            )
+    return Path(out)
 
 # %% ../nbs/07_cli.ipynb #5d2a060d
 KINDS = ("adapter", "merged", "gguf-q8_0", "gguf-q4_k_m")
@@ -1190,7 +1331,7 @@ def start(
     return launch(line)
 
 # %% ../nbs/07_cli.ipynb #f9b39b9f
-VERBS = (plan, audit, review, sweep, train, evaluate, deploy, serve, check_endpoint, run)
+VERBS = (plan, audit, review, sweep, train, evaluate, labels, deploy, serve, check_endpoint, run)
 QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",

@@ -26,6 +26,7 @@ import math
 import os
 import pickle
 import platform
+import shutil
 import signal
 import sys
 import threading
@@ -482,10 +483,16 @@ def rows_at_once(
 # %% ../nbs/04_train.ipynb #01f9c227
 @contextmanager
 def _held(out):
-    "The lock of process 0 holds for all of them."
+    "The lock of process 0 holds for all of them; what a run that could not begin has made is gone again."
     with ExitStack() as stack:
         together(lambda: stack.enter_context(locked(out)), main=True)
-        yield
+        new = together(lambda: not any(p.name != ".lock" for p in out.iterdir()), main=True)
+        try:
+            yield
+        except InputError:
+            if new and everyone().is_main_process and not any(out.glob("checkpoints/*")):
+                shutil.rmtree(out, ignore_errors=True)  # nobody else writes here: the lock is still held
+            raise
 
 
 def _seen_by_all(out):

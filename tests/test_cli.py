@@ -11,7 +11,19 @@ import pytest
 
 from toys import ftnb, toy_model, write_format
 
-VERBS = ("plan", "audit", "review", "sweep", "train", "evaluate", "deploy", "serve", "check-endpoint", "run")
+VERBS = (
+    "plan",
+    "audit",
+    "review",
+    "sweep",
+    "train",
+    "evaluate",
+    "labels",
+    "deploy",
+    "serve",
+    "check-endpoint",
+    "run",
+)
 
 
 @pytest.fixture(scope="session")

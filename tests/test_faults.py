@@ -190,7 +190,28 @@ def test_two_processes_do_not_share_a_folder(job):
     wait_for_step(folder / "shared", 2, first)
     first.send_signal(signal.SIGSTOP)  # it holds the folder for as long as the second needs to start
     second = ftnb(*command, "--out", "shared", cwd=folder)
+    fresh = ftnb(*command, "--out", "shared", "--fresh", cwd=folder)
     first.kill()
     first.wait()
-    assert second.returncode == 2
-    assert "being written by another process" in second.stderr and "Traceback" not in second.stderr
+    for refused in (second, fresh):
+        assert refused.returncode == 2
+        assert "being written by another process" in refused.stderr and "Traceback" not in refused.stderr
+    assert (folder / "shared" / "recipe.json").exists()
+
+
+def test_who_comes_too_late_removes_nothing_of_who_came_first(job, monkeypatch, capsys):
+    import ftnb.train
+    from ftnb.cli import main
+    from ftnb.plan import InputError
+
+    folder, command = job
+    monkeypatch.chdir(folder)
+
+    def late(*_, **__):  # between the look at the folder and the lock, another process began a run in it
+        (folder / "late").mkdir()
+        (folder / "late" / "recipe.json").write_text("{}", "utf-8")
+        raise InputError("late is being written by another process")
+
+    monkeypatch.setattr(ftnb.train, "train", late)
+    assert main([*map(str, command), "--out", "late"]) == 2 and "another process" in capsys.readouterr().err
+    assert (folder / "late" / "recipe.json").read_text("utf-8") == "{}"
