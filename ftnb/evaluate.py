@@ -996,20 +996,23 @@ def predict(
     tokenizer,  # its tokenizer
     records: list[Record],  # test records
     recipe: Recipe,  # its system prompt and max_new_tokens
-    shots: list[Record] = (),  # examples shown in the prompt, from training only
+    shots: list[Record] | Callable = (),  # from training only: for all, or record -> its own
     batch_size: int = 32,  # prompts answered side by side
+    answer: Callable | None = None,  # takes what `generate` takes, in its order; None: `generate` itself
 ) -> list[Prediction]:  # in the order of `records`
     "Greedy answers of a model; raises `InputError` when an example is itself one of the records."
     from ftnb.model import generate
 
     ids, asked = {r.id for r in records}, {_turns(r) for r in records}
-    leaked = [s for s in shots if s.id in ids or _turns(s) in asked]
+    shown = [tuple(shots(r) if callable(shots) else shots) for r in records]
+    every = {s.id: s for row in shown for s in row}.values()
+    leaked = [s for s in every if s.id in ids or _turns(s) in asked]
     if leaked:
         raise InputError(
             f"example {leaked[0].id} is one of the test records; take examples from training only"
         )
-    prompts = [prompt_for(tokenizer, r, recipe.system, tuple(shots)) for r in records]
-    answers = generate(model, tokenizer, prompts, recipe.max_new_tokens, batch_size)
+    prompts = [prompt_for(tokenizer, r, recipe.system, row) for r, row in zip(records, shown)]
+    answers = (answer or generate)(model, tokenizer, prompts, recipe.max_new_tokens, batch_size)
     return [
         Prediction(r.id, r.text, r.completion, a.text, r.label, a.stopped, r.group)
         for r, a in zip(records, answers)

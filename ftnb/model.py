@@ -7,7 +7,8 @@ Docs: https://ftnb.github.io/ftnb/model.html.md"""
 # %% auto #0
 __all__ = ['DEFAULT_MODEL', 'WHEELS', 'UNPACKING', 'KINDS', 'HUB_FILES', 'quiet', 'resolve', 'pick_device', 'gemm_seconds',
            'pick_dtype', 'lora_config', 'quantization_config', 'load_tokenizer', 'load_model', 'count_params',
-           'memory_by_part', 'plot_parts', 'Generation', 'common_prefix', 'generate']
+           'memory_by_part', 'plot_parts', 'Generation', 'common_prefix', 'cache_name', 'open_batch', 'prefix_cache',
+           'generate']
 
 # %% ../nbs/03_model.ipynb #b10b1b37
 import difflib
@@ -19,7 +20,7 @@ import logging
 import re
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -402,45 +403,70 @@ def common_prefix(
     return n
 
 
+def cache_name(
+    forward,  # a model's `forward`
+) -> str:  # cache | past_key_values
+    "The keyword under which it takes a cache: transformers 5 renamed it."
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
+
+
 def _stepper(model):
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    takes = inspect.signature(base.forward).parameters
-    past = "cache" if "cache" in takes else "past_key_values"  # renamed in transformers 5
+    takes, past = inspect.signature(base.forward).parameters, cache_name(base.forward)
     last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
 
     def step(ids, mask, position, cache):
         out = model(
             input_ids=ids, attention_mask=mask, position_ids=position, use_cache=True, **{past: cache}, **last
         )
-        return out.logits[:, -1].argmax(-1)
+        return out.logits[:, -1]
 
     return step
 
 # %% ../nbs/03_model.ipynb #2845b3a1
-def _start(step, model, prompts, shared, pad):
+def open_batch(
+    model,  # for its device and the shape of its cache
+    prompts: list[list[int]],  # token ids, to be read side by side
+    pad: int,  # id written on the left
+    prefix=None,  # DynamicCache of one row: what all of them begin with, read before; it stays as it is
+) -> tuple:  # ids, mask and positions of what is still to be read, (rows, tokens), and the cache for it
+    "Rows padded on the left, so that all end in the last column."
     from transformers import DynamicCache
 
     def tensor(rows):
         return torch.tensor(rows, device=model.device)
 
-    cache, rows = DynamicCache(config=model.config), [p[shared:] for p in prompts]
+    shared = prefix.get_seq_length() if prefix is not None else 0
+    cache = deepcopy(prefix) if shared else DynamicCache(config=model.config)
+    rows = [p[shared:] for p in prompts]
     width = max(map(len, rows))
     ids = tensor([[pad] * (width - len(r)) + r for r in rows])
     mask = tensor([[1] * shared + [0] * (width - len(r)) + [1] * len(r) for r in rows])
     position = (mask.cumsum(1) - 1).clamp(min=0)[:, shared:]
     if shared:
-        head = tensor([prompts[0][:shared]])
-        step(head, torch.ones_like(head), torch.arange(shared, device=model.device)[None], cache)
         cache.batch_repeat_interleave(len(rows))
     return ids, mask, position, cache
 
 
-def _answer(model, prompts, shared, stops, pad, max_new_tokens):
-    step = _stepper(model)
-    ids, mask, position, cache = _start(step, model, prompts, shared, pad)
+def prefix_cache(
+    read: Callable,  # (ids, mask, positions, cache): one pass of the model
+    model,  # for its device and the shape of its cache
+    prompts: list[list[int]],  # token ids
+):  # DynamicCache of one row; None where they share fewer than 8 tokens
+    "What all prompts begin with, read once."
+    shared = common_prefix(prompts) if len(prompts) > 1 else 0
+    if shared < 8:
+        return None
+    ids, mask, position, cache = open_batch(model, [prompts[0][:shared]], 0)
+    read(ids, mask, position, cache)
+    return cache
+
+
+def _answer(step, model, prompts, prefix, stops, pad, max_new_tokens, choose):
+    ids, mask, position, cache = open_batch(model, prompts, pad, prefix)
     answers, live, going = [[] for _ in prompts], list(range(len(prompts))), set(range(len(prompts)))
     for _ in range(max_new_tokens):
-        best = step(ids, mask, position, cache)
+        best = choose(live, step(ids, mask, position, cache))
         for row, token in zip(live, best.tolist(), strict=True):
             if row in going:
                 going.discard(row) if token in stops else answers[row].append(token)
@@ -464,6 +490,7 @@ def generate(
     max_new_tokens: int = 96,  # tokens an answer may have, at least 1
     batch_size: int = 32,  # prompts side by side, at least 1
     progress: bool = True,  # a bar, where there is a screen
+    choose: Callable | None = None,  # (numbers of prompts, logits) -> a token for each; None: the likeliest
 ) -> list[Generation]:  # in the order of `prompts`
     "Greedy answers; raises `InputError` for a prompt that is empty or leaves no room for its answer."
     prompts, found = [list(p) for p in prompts], {}
@@ -475,14 +502,18 @@ def generate(
             )
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
     stops, pad, was_training = set(stop_ids(tokenizer)), tokenizer.pad_token_id, model.training
+    pick, step = choose or (lambda numbers, logits: logits.argmax(-1)), _stepper(model)
     model.eval()
     try:
-        starts = range(0, len(order), batch_size)
+        starts, prefix = range(0, len(order), batch_size), prefix_cache(step, model, prompts)
         for start in bar_over(starts, "answering") if progress else starts:
             batch = order[start : start + batch_size]
+
+            def chosen(live, logits, batch=batch):
+                return pick([batch[row] for row in live], logits)
+
             rows = [prompts[n] for n in batch]
-            shared = common_prefix(rows) if len(rows) > 1 else 0
-            answers = _answer(model, rows, shared if shared >= 8 else 0, stops, pad, max_new_tokens)
+            answers = _answer(step, model, rows, prefix, stops, pad, max_new_tokens, chosen)
             for n, (ids, stopped) in zip(batch, answers, strict=True):
                 found[n] = Generation(tokenizer.decode(ids, skip_special_tokens=True), tuple(ids), stopped)
     finally:
