@@ -12,9 +12,9 @@ __all__ = ['USER_ERRNO', 'STORE_ROWS', 'ALONE', 'STORE', 'RECIPES', 'SYSTEMS', '
            'in_tokens', 'refuse_long', 'audit_in_pieces', 'describe', 'write_evidence', 'asked', 'replayed',
            'forgetting', 'advise', 'prepare_training', 'look_at_lengths', 'train', 'values_of', 'sweep',
            'extra_metrics', 'with_extras', 'words', 'finished', 'constrained', 'Models', 'measured', 'held_answers',
-           'reported', 'evaluate', 'run_key', 'comparisons_of', 'headline', 'answers_page', 'labels', 'decide',
-           'wrong_price', 'deploy', 'agreed', 'size', 'check_endpoint', 'serve', 'free_port', 'run', 'Sharing', 'start',
-           'spelled', 'parser', 'main', 'dispatch']
+           'reported', 'evaluate', 'run_key', 'comparisons_of', 'headline', 'answers_page', 'labels', 'curve',
+           'compare', 'ledger', 'decide', 'wrong_price', 'deploy', 'agreed', 'size', 'check_endpoint', 'serve',
+           'free_port', 'run', 'Sharing', 'start', 'spelled', 'parser', 'main', 'dispatch']
 
 # %% ../nbs/07_cli.ipynb #9931b718
 import argparse
@@ -232,7 +232,11 @@ def add_flags(
         shown = "" if part.default in (None, "", False, inspect.Parameter.empty) else f" [{part.default}]"
         text = f"{part.docment or ''}{shown}".replace("%", "%%")
         option, dest = "--" + name.replace("_", "-"), prefix + name
-        if part.default is inspect.Parameter.empty:
+        if part.anno == list[str]:
+            parser.add_argument(name, help=text, nargs="+", metavar=name.rstrip("s").upper())
+        elif name == "folder":
+            parser.add_argument(name, help=text, nargs="?", default=part.default)
+        elif part.default is inspect.Parameter.empty:
             parser.add_argument(name, help=text)
         elif part.anno is bool:
             parser.add_argument(option, dest=dest, action="store_true", help=text)
@@ -1211,6 +1215,122 @@ def labels(
             )
     return Path(out)
 
+# %% ../nbs/07_cli.ipynb #d1a39287
+def curve(
+    recipe: Recipe,  # task and seed; with --tuned everything that decides a run
+    source: Source = STORE_ROWS,  # where the records come from
+    seeds: int = 3,  # draws of each part, at least 2
+    shares: str = "",  # parts of the training rows, growing; without it 0.125,0.18,0.25,0.35,0.5,0.7,1
+    tuned: bool = False,  # train the recipe's model on each part; without it TF-IDF + logistic regression
+    out: str = "",  # folder for finished points and curve.png; without it runs/ and the recipe's name with -curve
+) -> Path:  # the folder
+    "What more rows would bring, with an interval: trains on growing parts of the rows; goes on where it stopped."
+    from ftnb.curve import SHARES, fit_curve, learning_curve, outlook, plot_curve
+    from ftnb.curve import tuned as by_training
+
+    folder = Path(out or Path("runs") / f"{recipe.name}-curve")
+    try:
+        parts = tuple(float(x) for x in shares.split(",") if x.strip()) or SHARES
+    except ValueError:
+        raise InputError(f"--shares takes numbers separated by commas, got {shares!r}") from None
+    prepared = prepare(recipe, source)
+    describe(prepared)
+    refuse_leakage(prepared.leaks)
+    held = split([*prepared.splits.train, *prepared.splits.val], recipe.val, 0.2, recipe.seed)
+    say(
+        f"curve        {len(held.train):,} rows to train on, {len(held.test):,} to ask; the test rows are not looked at"
+    )
+    options, train_rows = {}, list(held.train)
+    if tuned:
+        metric = {"classification": "accuracy", "extraction": "frame_match"}.get(recipe.task, "exact_match")
+        options = {"learner": by_training(recipe, list(held.val), folder / "runs"), "metric": metric}
+    elif any(r.label is None for r in prepared.records):
+        raise InputError("TF-IDF needs rows with a class; give --tuned to train the model itself")
+    else:
+        train_rows += held.val  # nothing here chooses a checkpoint
+    found = learning_curve(
+        train_rows, list(held.test), shares=parts, seeds=seeds, out=folder / "points", **options
+    )
+    for rows, score in zip(found.rows, found.scores):
+        say(f"             {rows:>7,} rows: {score}")
+    fit, errors = fit_curve(found), None
+    if recipe.task in ("classification", "extraction") and all(r.label for r in train_rows):
+        try:
+            errors = sum(error.flagged for error in label_errors(train_rows))
+        except InputError as error:  # too few rows of a class
+            say(f"labels       not judged: {error}", "dim")
+    for times in (2, 4):
+        say(f"forecast     {fit.forecast(times * fit.whole)}")
+    say(f"outlook      {outlook(fit, errors)}", "green")
+    if not tuned:
+        say(
+            "             a tuned model's curve begins elsewhere: --tuned measures it, at the price of its trainings",
+            "dim",
+        )
+    plot_curve(fit).savefig(folder / "curve.png", dpi=150)
+    return folder
+
+# %% ../nbs/07_cli.ipynb #badb474f
+def compare(
+    runs: list[str],  # folders of two or more evaluated runs
+    system: str = "tuned",  # whose answers are compared
+    metric: str = "",  # without it the first that both reports have
+) -> list:  # a ftnb.ledger.Change for each pair
+    "Hold runs against each other, row by row on the same test rows; p is adjusted where there are more than two."
+    from ftnb.ledger import compare_runs, read_entry
+
+    entries = [read_entry(finished(run)) for run in runs]
+    for entry in entries:
+        if entry.faults:
+            say(f"warning      {entry}", "yellow")
+    found = compare_runs(sorted(entries, key=lambda e: (e.when, e.name)), system, metric or None)
+    for change in found:
+        say(f"{change.before} → {change.after}", "bold")
+        for difference in change.what:
+            say(f"  changed    {difference}")
+        if len(change.causes) > 1:
+            say(f"  warning    {len(change.causes)} things changed at once: no cause can be named", "yellow")
+        say(f"  effect     {change.effect}", "green" if change.verdict == "better" else "")
+    if len(found) > 1:
+        say(f"p values are adjusted by Holm for {len(found)} comparisons", "dim")
+    return found
+
+
+def ledger(
+    folder: str = "runs",  # that holds the runs
+    system: str = "tuned",  # whose reports are compared
+    plot: str = "",  # write the picture to this .png file
+) -> object:  # ftnb.ledger.Ledger
+    "All runs of a folder in order of time: what each changed, what that did, and what to try next."
+    from ftnb.ledger import plot_ledger, read_ledger, what_next
+
+    found = read_ledger(folder, system)
+    by = {change.after: change for change in found.changes}
+    for entry in found.runs:
+        kept = "  *" if entry is found.kept else "   "
+        report = entry.reports.get(system)
+        score = next(iter(report.metrics.values())) if report else "not evaluated"
+        say(f"{kept} {entry.name:<16} {score}", "green" if entry is found.kept else "")
+        if change := by.get(entry.name):
+            told = "; ".join(map(str, change.what)) or "nothing on record"
+            say(f"                     against {change.before}: {told}")
+            if len(change.causes) > 1:
+                say(
+                    f"                     {len(change.causes)} things at once: no cause can be named",
+                    "yellow",
+                )
+            say(f"                     {change.effect or change.refused}", "dim")
+    for entry in found.entries:
+        if entry.state != "finished" or entry.faults:
+            say(f"    {entry}", "yellow")
+    if found.tests:
+        for line in what_next(found):
+            say(f"next         {line}")
+    if plot:
+        plot_ledger(found).savefig(plot, dpi=150)
+        say(f"written      {plot}")
+    return found
+
 # %% ../nbs/07_cli.ipynb #eddaea7d
 def decide(
     run: str,  # folder of a finished run
@@ -1314,7 +1434,13 @@ def deploy(
     ]
     issues = AuditReport.load(folder / "audit" / "issues.jsonl")
     advice = done.recipe.check(len(done.splits.train))
-    written = write_report(done, reports, comparisons_of(reports), agreements, issues, advice)
+    from ftnb.ledger import lessons, read_ledger, test_key
+
+    mine = next((r for r in reports if r.system == "tuned"), None)
+    history = lessons(read_ledger(folder.parent, depth=1), test_key(mine)) if mine else []
+    written = write_report(
+        done, reports, comparisons_of(reports), agreements, issues, advice, history=history
+    )
     say(f"report       {written}")
     return artifacts
 
@@ -1466,7 +1592,23 @@ def start(
     return launch(line)
 
 # %% ../nbs/07_cli.ipynb #f9b39b9f
-VERBS = (plan, audit, review, sweep, train, evaluate, decide, labels, deploy, serve, check_endpoint, run)
+VERBS = (
+    plan,
+    audit,
+    review,
+    sweep,
+    curve,
+    train,
+    evaluate,
+    compare,
+    ledger,
+    decide,
+    labels,
+    deploy,
+    serve,
+    check_endpoint,
+    run,
+)
 QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -1481,8 +1623,12 @@ def spelled(
     return verb.__name__.replace("_", "-")
 
 
-def _positional(name, parameter):
-    return parameter.default is inspect.Parameter.empty and name != "recipe"
+def _typed(name, parameter):  # how the usage line shows what is typed without a flag; "" for the rest
+    if name == "folder":
+        return "[FOLDER]"
+    if parameter.annotation == list[str]:
+        return "RUN_A RUN_B ..."
+    return name.upper() if parameter.default is inspect.Parameter.empty and name != "recipe" else ""
 
 
 def parser() -> Parser:  # for all verbs
@@ -1498,7 +1644,8 @@ def parser() -> Parser:  # for all verbs
     subs = top.add_subparsers(dest="verb", metavar="verb", parser_class=Parser)
     for verb in VERBS:
         told = {"help": verb.__doc__, "description": verb.__doc__}
-        typed = [n.upper() for n, p in inspect.signature(verb).parameters.items() if _positional(n, p)]
+        typed = [_typed(n, p) for n, p in inspect.signature(verb).parameters.items()]
+        typed = list(filter(None, typed))
         usage = " ".join(["ftnb", spelled(verb), *typed, "[options]"])
         sub = subs.add_parser(spelled(verb), usage=usage, parents=[common], allow_abbrev=False, **told)
         add_flags(sub, verb)

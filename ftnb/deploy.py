@@ -1699,6 +1699,7 @@ def write_report(
     advice=None,  # plan.Advice of the recipe; None: made here
     splits=None,  # data.Splits; None: the run's own
     artifacts=(),  # Artifact of each export
+    history=(),  # sentences on what earlier runs tried, from `ftnb.ledger.lessons`
     out: str | Path | None = None,  # folder; None: the run's
 ) -> Path:  # report.html; report.md and report_files/ stand beside it
     "What was measured, on one page in two forms; parts that were not measured say so."
@@ -1724,6 +1725,7 @@ def write_report(
     steps = (
         next_steps(tuned, list(comparisons), run.recipe) if tuned is not None and tuned.predictions else []
     )
+    steps = [*steps, *history]
     sections = [
         Section("What to do next", (steps,) if steps else ()),
         _about_scores(reports, comparisons),

@@ -20,6 +20,7 @@ logging.getLogger("bitsandbytes").setLevel(
 )  # a kernel it misses on CPUs; `ftnb.model` measures QLoRA
 
 # %% ../nbs/04_train.ipynb #02af3b8e
+import hashlib
 import inspect
 import json
 import math
@@ -1173,6 +1174,13 @@ def _whole(trainer):
     return trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
 
 
+def _code():
+    "Hash of this package's source."
+    (place,) = find_spec("ftnb").submodule_search_locations
+    sources = (p.read_bytes() for p in sorted(Path(place).glob("*.py")))
+    return hashlib.sha256(b"\n".join(sources)).hexdigest()[:16]
+
+
 def _finish(recipe, splits, out, trainer, tokenizer, history, seconds, weights=None):
     model = trainer.model
     if isinstance(model, PeftModel):  # the recipe's word for the base, not a path of this machine
@@ -1191,8 +1199,9 @@ def _finish(recipe, splits, out, trainer, tokenizer, history, seconds, weights=N
     metrics |= {"batch_size": trainer.args.per_device_train_batch_size}
     metrics |= {"trainable": sum(p.numel() for p in model.parameters() if p.requires_grad)}
     metrics |= {"dtype": str(trainer.model.get_input_embeddings().weight.dtype).removeprefix("torch.")}
-    packages = {name: version(name) for name in ("torch", "transformers", "trl", "peft", "datasets")}
+    packages = {name: version(name) for name in ("ftnb", "torch", "transformers", "trl", "peft", "datasets")}
     done = {"best_step": best, "metrics": metrics, "versions": packages}
+    done |= {"code": _code(), "ended": round(time.time(), 2)}
     changed = json.loads((out / SURROUNDINGS).read_text(encoding="utf-8"))["changed"]
     done |= {"changed": changed} if changed else {}
     write_text(out / "run.json", json.dumps(done, indent=1))

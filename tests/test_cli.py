@@ -16,14 +16,15 @@ VERBS = (
     "audit",
     "review",
     "sweep",
+    "curve",
     "train",
     "evaluate",
+    "compare",
+    "ledger",
+    "decide",
     "labels",
-    "deploy",
-    "serve",
-    "check-endpoint",
-    "run",
 )
+VERBS += ("deploy", "serve", "check-endpoint", "run")
 
 
 @pytest.fixture(scope="session")
