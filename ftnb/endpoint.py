@@ -137,7 +137,12 @@ def _kind(self):
     return next((name for name, way in WAYS.items() if way(self, probe)), "counts only")
 
 
-def _answer(self, entry, max_tokens):
+def _answer(
+    self,
+    entry: dict,  # a golden prompt
+    max_tokens: int,  # of the answer
+) -> tuple:  # text, finish reason, tokens of the prompt as the server counts them or None
+    "A greedy answer; raises `InputError` where none comes."
     body = {"model": self.model, "messages": entry["messages"], "temperature": 0, "max_tokens": max_tokens}
     status, got = self._call("/v1/chat/completions", body | _tools(entry))
     try:
@@ -149,7 +154,11 @@ def _answer(self, entry, max_tokens):
         raise InputError(f"{self.url}: no answer to {entry['id']!r}: status {status}, {why}") from None
 
 
-def _ids(self, entry):
+def _ids(
+    self,
+    entry: dict,  # a golden prompt
+) -> list[int] | None:  # None where this server does not tell
+    "The token ids that the server makes of a prompt."
     return WAYS[self.kind](self, entry) if self.kind in WAYS else None
 
 

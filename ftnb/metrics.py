@@ -526,8 +526,7 @@ class Refusals:
 
 def refusal_rates(
     predictions: list[Prediction],  # one system's answers
-    should: Callable[[Prediction], bool]
-    | None = None,  # is it to be declined; None: the expected answer declines
+    should: Callable | None = None,  # Prediction -> is it to be declined; None: the expected answer is
     phrases: Iterable[str] = REFUSALS,  # of refusals
 ) -> Refusals:
     "Over-refusal and under-refusal, as two rates."
