@@ -29,6 +29,7 @@ from ftnb.evaluate import (
     bootstrap,
     compare,
     compare_all,
+    mean_of,
     predict,
     rate,
     rows_needed,
@@ -137,10 +138,6 @@ class Consistency:
 _ASKED = "as asked"
 
 
-def _mean(sums):
-    return sums[..., 0] / sums[..., 1]
-
-
 def _agreement(versions):
     "Records x 2: agreeing pairs of versions, and pairs."
     pairs = [list(combinations(row, 2)) for row in versions]
@@ -213,8 +210,8 @@ def _consistency(records, said, folds, changed, metric, seed):
     rows = [[(said[name][i], folds[name]) for name in said] for i in range(len(records))]
     really = [[name == _ASKED or i in set(changed[name]) for name in said] for i in range(len(records))]
     pairs = _agreement([[v for v, differs in zip(*both) if differs] for both in zip(rows, really)])
-    pairwise, names = float(_mean(pairs.sum(0))), list(said)
-    ends = _wide(pairwise, len(records), bootstrap(pairs, _mean, seed=seed))
+    pairwise, names = float(mean_of(pairs.sum(0))), list(said)
+    ends = _wide(pairwise, len(records), bootstrap(pairs, mean_of, seed=seed))
     same = {
         name: rate([_agree(rows[i][0], rows[i][names.index(name)]) for i in at])
         for name, at in changed.items()

@@ -44,7 +44,7 @@ from ftnb.failures import (
 )
 from ftnb.plan import InputError
 from ftnb.review import apply_edits, load_edits, row_hash, save_edits
-from toys import quick
+from toys import least_contrast, quick
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SHOTS = os.environ.get("FTNB_SHOTS")  # a folder to keep pictures in
@@ -512,16 +512,7 @@ def test_ten_thousand_rows_are_filtered_and_walked(browser, tmp_path):
     assert took < 5_000 and said == []
 
 
-CONTRAST = """() => {
-  const light = (c) => { const [r, g, b] = c.match(/[\\d.]+/g).map((v) => v / 255)
-      .map((v) => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
-  const behind = (n) => { for (; n; n = n.parentElement) { const c = getComputedStyle(n).backgroundColor;
-      if (!/, 0\\)|transparent/.test(c)) return c; } return 'rgb(255, 255, 255)'; };
-  const nodes = document.querySelectorAll('h1, p, td, th, span, label, select, button, ins, del, .said, .who, input');
-  return Math.min(...[...nodes].filter((n) => n.offsetParent && !n.disabled).map((n) => {
-    const [a, b] = [light(getComputedStyle(n).color), light(behind(n))].sort((x, y) => y - x);
-    return (a + 0.05) / (b + 0.05); })); }"""
+CONTRAST = least_contrast("h1, p, td, th, span, label, select, button, ins, del, .said, .who, input")
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ import pytest
 
 from conftest import ROOT
 from ftnb.review import load_edits
+from toys import least_contrast
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -143,16 +144,7 @@ def dark(page, on):
     page.locator(f'body[data-jp-theme-name="{theme}"]').wait_for(state="attached")
 
 
-CONTRAST = """() => {
-  const light = (c) => { const [r, g, b] = c.match(/[\\d.]+/g).map((v) => v / 255)
-      .map((v) => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
-  const behind = (n) => { for (; n; n = n.parentElement) { const c = getComputedStyle(n).backgroundColor;
-      if (!/, 0\\)|transparent/.test(c)) return c; } return 'rgb(255, 255, 255)'; };
-  const nodes = document.querySelectorAll('.ftnb-review :is(strong, span, li, dt, dd, label, textarea, input, button, p)');
-  return Math.min(...[...nodes].filter((n) => n.offsetParent && !n.disabled).map((n) => {
-    const [a, b] = [light(getComputedStyle(n).color), light(behind(n))].sort((x, y) => y - x);
-    return (a + 0.05) / (b + 0.05); })); }"""
+CONTRAST = least_contrast(".ftnb-review :is(strong, span, li, dt, dd, label, textarea, input, button, p)")
 
 
 def test_keys_decide_rows_and_the_file_holds_them(lab, page):

@@ -40,6 +40,7 @@ from ftnb.scoring import (
     score_labels,
 )
 from ftnb.train import labelled_loss
+from toys import TINY
 
 LABELS = [
     "card",
@@ -89,16 +90,7 @@ def prompts(records, tokenizer):
     return [prompt_for(tokenizer, r, RECIPE.system) for r in records[:5]]
 
 
-SHAPE = {
-    "vocab_size": 500,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 512,
-}
+SHAPE = {"vocab_size": 500, **TINY}
 CONFIGS = {
     "llama, tied": LlamaConfig(**SHAPE, tie_word_embeddings=True),
     "llama, one group a head": LlamaConfig(**SHAPE | {"num_key_value_heads": 4}, tie_word_embeddings=False),

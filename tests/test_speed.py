@@ -27,7 +27,7 @@ from ftnb.data import Record, Splits, load
 from ftnb.model import load_tokenizer
 from ftnb.plan import InputError, Recipe
 from ftnb.train import Trainer, can_share, labelled_loss, make_trainer, share, shared_loss, train
-from toys import lines, toy_model
+from toys import TINY, lines, toy_model
 from toys import rows as toy_rows
 
 
@@ -40,16 +40,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-SHAPE = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 512,
-}
+SHAPE = {"vocab_size": 300, **TINY}
 CONFIGS = {
     "llama, tied": LlamaConfig(**SHAPE, tie_word_embeddings=True),
     "llama, one group a head": LlamaConfig(**SHAPE | {"num_key_value_heads": 4}, tie_word_embeddings=False),

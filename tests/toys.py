@@ -142,3 +142,31 @@ def ftnb(*args, cwd: Path, timeout: float = 600, **env) -> subprocess.CompletedP
         text=True,
         timeout=timeout,
     )
+
+
+def least_contrast(nodes: str) -> str:
+    "JavaScript for the least contrast (WCAG 2, 1 to 21) of text and ground among the nodes that a selector names."
+    return _CONTRAST.replace("NODES", nodes)
+
+
+_CONTRAST = """() => {
+  const light = (c) => { const [r, g, b] = c.match(/[\\d.]+/g).map((v) => v / 255)
+      .map((v) => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+  const behind = (n) => { for (; n; n = n.parentElement) { const c = getComputedStyle(n).backgroundColor;
+      if (!/, 0\\)|transparent/.test(c)) return c; } return 'rgb(255, 255, 255)'; };
+  const nodes = document.querySelectorAll('NODES');
+  return Math.min(...[...nodes].filter((n) => n.offsetParent && !n.disabled).map((n) => {
+    const [a, b] = [light(getComputedStyle(n).color), light(behind(n))].sort((x, y) => y - x);
+    return (a + 0.05) / (b + 0.05); })); }"""
+
+
+TINY = {  # the shape of a two-layer model with words of its own
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+}
