@@ -408,6 +408,9 @@ class Grounding:
     known: dict[str, Change]  # training -> general knowledge before and after
     facts: dict  # counts: how contexts were cut, found and checked; model, rows, seconds
 
+    def __repr__(self):
+        return f"Grounding({len(self.expected)} questions, {len(self.sums)} systems)"
+
     def said(
         self,
         name: str,  # in `CELLS`, or majority
