@@ -70,7 +70,7 @@ def remembered(load, recipe, path):
 
 def reworded(run, base, tuned, args):
     "The same questions in other words: with fixed examples to the base model, and to the tuned model."
-    recipe, own = run.recipe, [r for r in run.splits.train if not r.meta.get("replay")]
+    recipe, own = run.recipe, run.splits.own
     asked = subset(run.splits.test, args.reworded, recipe.seed)
     ways = {
         "few-shot": (

@@ -466,7 +466,7 @@ def baselines(
 ) -> Baselines:
     "Each system's answers to the same test rows; raises `InputError`."
     names = _known(systems, tuned)
-    own = [r for r in splits.train if not r.meta.get("replay")]
+    own = splits.own
     asked = subset(splits.test, n, recipe.seed) if n else list(splits.test)
     if not asked:
         raise InputError("baselines: the split has no test rows")

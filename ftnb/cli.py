@@ -1041,7 +1041,7 @@ def held_answers(
     from ftnb.evaluate import few_shots, task_prompt
 
     recipe, asked = run.recipe, list(run.splits.test)
-    own = [r for r in run.splits.train if not r.meta.get("replay")]
+    own = run.splits.own
     ask = constrained(own, recipe.task)
     if name == "tuned":
         return ask(*models.tuned(), asked, recipe)
@@ -1061,7 +1061,7 @@ def reported(
     from ftnb.evaluate import evaluate as judge
     from ftnb.ledger import look
 
-    own = [r for r in run.splits.train if not r.meta.get("replay")]
+    own = run.splits.own
     shown = f"{name}-constrained" if constrain else name
     path = run.dir / "reports" / f"{shown}.json"
 
@@ -1102,7 +1102,7 @@ def evaluate(
     from ftnb.train import Run
 
     done = Run.load(folder)
-    own = [r for r in done.splits.train if not r.meta.get("replay")]
+    own = done.splits.own
     if done.splits.train[0].label is None and "tfidf" in names:
         names.remove("tfidf")
         say("tfidf        left out: these records have no classes", "yellow")
@@ -1160,7 +1160,7 @@ def answers_page(
     from ftnb.failures import SliceList, failure_clusters, failure_steps, find_slices, traits, write_page
 
     rows, main = list(run.splits.test), next((r for r in reports if r.system == "tuned"), reports[-1])
-    own = [r for r in run.splits.train if not r.meta.get("replay")]
+    own = run.splits.own
     found = SliceList()
     if main.task not in ("generation", "conversation"):  # there a text in other words may be right
         found = find_slices(main.predictions, traits(main.predictions, rows, own))
@@ -1358,7 +1358,7 @@ def decide(
     from ftnb.train import Run
 
     done = Run.load(folder)
-    own = [r for r in done.splits.train if not r.meta.get("replay")]
+    own = done.splits.own
     hours = training_hours or done.metrics["seconds"] / 3600
     told = {
         "per_second": per_second,
@@ -1644,8 +1644,7 @@ def parser() -> Parser:  # for all verbs
     subs = top.add_subparsers(dest="verb", metavar="verb", parser_class=Parser)
     for verb in VERBS:
         told = {"help": verb.__doc__, "description": verb.__doc__}
-        typed = [_typed(n, p) for n, p in inspect.signature(verb).parameters.items()]
-        typed = list(filter(None, typed))
+        typed = filter(None, (_typed(n, p) for n, p in inspect.signature(verb).parameters.items()))
         usage = " ".join(["ftnb", spelled(verb), *typed, "[options]"])
         sub = subs.add_parser(spelled(verb), usage=usage, parents=[common], allow_abbrev=False, **told)
         add_flags(sub, verb)

@@ -1295,6 +1295,11 @@ class Splits:
     test: tuple[Record, ...]  # what is looked at last
     seed: int = 0  # that `split` was given
 
+    @property
+    def own(self) -> list[Record]:
+        "Training rows of the task itself, without general ones that were mixed in."
+        return [r for r in self.train if not r.meta.get("replay")]
+
     def __post_init__(self):
         for name, rows in self.items():
             object.__setattr__(self, name, tuple(rows))

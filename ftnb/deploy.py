@@ -61,7 +61,16 @@ from ftnb.evaluate import (
     rate,
     wilson,
 )
-from .format import ROLES, calls_said, messages_for, prompt_for, render, stop_ids, template_hash
+from ftnb.format import (
+    ROLES,
+    calls_said,
+    first_difference,
+    messages_for,
+    prompt_for,
+    render,
+    stop_ids,
+    template_hash,
+)
 from .model import Generation, generate, load_model, load_tokenizer, quiet, resolve
 from .plan import InputError, Recipe, atomic_dir, need_space, sha256, write_bytes, write_text
 from .train import Run
@@ -707,10 +716,8 @@ def tokenizer_agreement(
         ours = prompt_for(engine.tokenizer, r, engine.system)
         text = render(engine.tokenizer, messages_for(r, engine.system), r.tools)
         theirs = engine.model.tokenize(text.encode(), add_bos=False, special=True)
-        if ours != theirs:
-            at = next(
-                (i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs))
-            )
+        at = first_difference(ours, theirs)
+        if at is not None:
             found.append(
                 {
                     "id": r.id,
@@ -799,7 +806,8 @@ class Agreement:
 def _difference(rows, wanted, got):
     tokens_same, first = 0, None
     for row, a, b in zip(rows, wanted, got):
-        at = next((i for i, (x, y) in enumerate(zip(a.ids, b.ids)) if x != y), min(len(a.ids), len(b.ids)))
+        at = first_difference(a.ids, b.ids)
+        at = len(a.ids) if at is None else at
         tokens_same += at
         if first is None and (a.ids, a.stopped) != (b.ids, b.stopped):
             first = {"id": row.id, "position": at, "run": a.text, "export": b.text}

@@ -294,8 +294,7 @@ def resample(
 ):  # yields blocks of sums: b x K, `draws` rows in all
     "Sums over records drawn with replacement, as many as there are; whole groups where given."
     if groups is not None:
-        _, place = np.unique([str(g) for g in groups], return_inverse=True)
-        counts = np.stack([np.bincount(place, weights=column) for column in counts.T], axis=1)
+        counts = group_sums(counts, groups)
     rng, n = np.random.default_rng(seed), len(counts)
     size = max(1, 4_000_000 // n)  # rows of weights that fit in 32 MB
     for start in range(0, draws, size):

@@ -9,8 +9,8 @@ __all__ = ['INSTRUCTION_TEMPLATE', 'ROLES', 'CLOCK', 'TOOLS', 'TOOL_RESULT', 'PO
            'set_template', 'answer_turn', 'messages_for', 'prompt_for', 'parse_calls', 'render', 'encode_prompt',
            'encode_answer', 'tool_form', 'attacks', 'Encoded', 'encode', 'show_mask', 'fitting', 'encode_dataset',
            'TokenLengths', 'token_lengths', 'plot_token_lengths', 'Fitted', 'fit_turns', 'fit', 'FitReport',
-           'fit_records', 'audit_lengths', 'MaskProof', 'mask_proof', 'plot_mask', 'template_hash', 'contract',
-           'parse_frame', 'json_value', 'calls_said', 'same_answer']
+           'fit_records', 'audit_lengths', 'MaskProof', 'mask_proof', 'plot_mask', 'template_hash', 'first_difference',
+           'contract', 'parse_frame', 'json_value', 'calls_said', 'same_answer']
 
 # %% ../nbs/02_format.ipynb #4162b2b3
 import hashlib
@@ -1132,6 +1132,16 @@ def template_hash(
 ) -> str:  # 64 hex digits
     "sha256 of the chat template's text: equal hashes, equal layouts."
     return hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest()
+
+
+def first_difference(
+    a: list[int],  # token ids
+    b: list[int],  # token ids
+) -> int | None:  # position; the length of the shorter where it begins the longer; None where they are equal
+    "Where two lists of ids part."
+    if a == b:
+        return None
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def contract(

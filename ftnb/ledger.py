@@ -292,10 +292,7 @@ def _judged(entry, system):
     if system not in entry.reports:
         raise InputError(f"{entry.name} has no report of {system}: run ftnb evaluate on it")
     report = without_leaked(entry.reports[system])
-    counted = (
-        {"looks": 1} if hasattr(report, "looks") else {}
-    )  # looks are counted over the whole ledger instead
-    return replace(report, system=entry.name, **counted)
+    return replace(report, system=entry.name, looks=1)  # looks are counted over the whole ledger instead
 
 
 def _compared(before, after, system, metric=None):

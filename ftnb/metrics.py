@@ -570,9 +570,10 @@ def _nats(model, rows):
     import torch
     from torch.nn.functional import cross_entropy
 
-    from ftnb.train import in_bfloat16, plain_head
+    from ftnb.forgetting import head_apart
+    from ftnb.train import in_bfloat16
 
-    width, pad = max(len(r.input_ids) for r in rows), [0] * len(rows)
+    width = max(len(r.input_ids) for r in rows)
     pad = [width - len(r.input_ids) for r in rows]
     table = (
         [[*r.input_ids, *[0] * n] for r, n in zip(rows, pad)],
@@ -582,12 +583,9 @@ def _nats(model, rows):
     mask = torch.tensor([[1] * (width - n) + [0] * n for n in pad], device=model.device)
     graded = wanted[:, 1:] != -100
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    split = hasattr(
-        base.get_output_embeddings().weight, "full_tensor"
-    )  # FSDP gathers weights in forward only
     with torch.autocast(model.device.type, torch.bfloat16, enabled=in_bfloat16(model)):
         told = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-        if plain_head(model) and not split:
+        if head_apart(model):
             states, head = (
                 base.base_model(**told).last_hidden_state[:, :-1][graded],
                 base.get_output_embeddings(),

@@ -64,3 +64,14 @@ def pytest_terminal_summary(terminalreporter):
     for name, seconds in took.items():
         if "test_notebook[" in name:
             terminalreporter.write_line(f"{name.split('[')[1].rstrip(']'):<16} {seconds:6.1f} s")
+
+
+@pytest.fixture
+def one_thread():
+    "Two threads on matrices this small wait for each other."
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

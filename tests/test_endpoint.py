@@ -11,8 +11,8 @@ import pytest
 
 from ftnb.data import Record
 from ftnb.deploy import TorchEngine, serving
-from ftnb.endpoint import ODD, Endpoint, check_endpoint, first_difference, golden_prompts
-from ftnb.format import stop_ids
+from ftnb.endpoint import ODD, Endpoint, check_endpoint, golden_prompts
+from ftnb.format import first_difference, stop_ids
 from ftnb.model import load_model, load_tokenizer
 from ftnb.plan import InputError
 from toys import FAST, ftnb, toy_model, write_format

@@ -56,13 +56,7 @@ LABELS = [
 RECIPE = Recipe(task="classification", system="Name the intent.", max_new_tokens=12)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    "Two threads on matrices this small wait for each other."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -30,14 +30,7 @@ from ftnb.train import Trainer, can_share, labelled_loss, make_trainer, share, s
 from toys import TINY, lines, toy_model
 from toys import rows as toy_rows
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    "Two threads on matrices this small wait for each other."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 SHAPE = {"vocab_size": 300, **TINY}
