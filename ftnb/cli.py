@@ -1400,7 +1400,9 @@ def deploy(
 ) -> list:  # an Artifact for each kind
     "Export a run, check that every export answers like it, and write the report."
     names, folder = words(kinds, KINDS, "--kinds"), finished(run)
-    from ftnb.deploy import Agreement, Artifact, export, verify, write_report
+    from ftnb.certify import Agreement, verify
+    from ftnb.deploy import Artifact, export
+    from ftnb.report import write_report
     from ftnb.evaluate import Report
     from ftnb.train import Run
 
@@ -1446,7 +1448,7 @@ def deploy(
 
 
 def agreed(
-    found,  # ftnb.deploy.Agreement
+    found,  # ftnb.certify.Agreement
 ) -> str:  # for people
     "How many answers of an export are those of the run."
     return f"answers like the run on {found.same} of {found.n} ({found.low:.1%} to {found.high:.1%})"
@@ -1511,7 +1513,7 @@ def serve(
     if not (folder / "manifest.json").is_file():
         folder = finished(run) / "exports" / words(kind, KINDS, "--kind")[0]
     from ftnb.deploy import Artifact
-    from ftnb.deploy import serve as listen
+    from ftnb.server import serve as listen
 
     listen(Artifact.load(folder), host=host, port=port, api_key=key or os.environ.get("FTNB_API_KEY") or None)
 

@@ -10,11 +10,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from ftnb.data import Record
-from ftnb.deploy import TorchEngine, serving
 from ftnb.endpoint import ODD, Endpoint, check_endpoint, golden_prompts
+from ftnb.engine import TorchEngine
 from ftnb.format import first_difference, stop_ids
 from ftnb.model import load_model, load_tokenizer
 from ftnb.plan import InputError
+from ftnb.server import serving
 from toys import FAST, ftnb, toy_model, write_format
 
 SYSTEM = "Name the class."

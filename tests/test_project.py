@@ -43,7 +43,11 @@ ORDER = [
     "ledger",
     "grounding",
     "deploy",
+    "engine",
+    "certify",
+    "server",
     "endpoint",
+    "report",
     "cli",
 ]
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))

@@ -6,10 +6,13 @@ from dataclasses import replace
 import pytest
 from openai import OpenAI
 
+from ftnb.certify import golden_answers
 from ftnb.data import Record, split, tool_call_text
-from ftnb.deploy import export, golden_answers, load_for_generation, serving
+from ftnb.deploy import export
+from ftnb.engine import load_for_generation
 from ftnb.format import parse_calls, prompt_for
 from ftnb.plan import Recipe
+from ftnb.server import serving
 from ftnb.train import train
 from toys import rows, toy_model
 
