@@ -6,8 +6,8 @@ Docs: https://ftnb.github.io/ftnb/deploy.html.md"""
 
 # %% auto #0
 __all__ = ['PRE_TOKENIZERS', 'ARCHITECTURES', 'QUANTISED', 'KINDS', 'base_identity', 'Artifact', 'weights_hash', 'check_fits',
-           'adapted', 'merge', 'pre_tokenizer', 'vocabulary', 'paired_rows', 'rope_factors', 'write_gguf', 'open_gguf',
-           'quantize', 'tensor_types', 'export']
+           'adapted', 'merge', 'pre_tokenizer', 'vocabulary', 'paired_rows', 'rope_factors', 'write_gguf',
+           'llama_library', 'last_words', 'open_gguf', 'quantize', 'tensor_types', 'export']
 
 # %% ../nbs/06_deploy.ipynb #e9f089ea
 import collections
@@ -389,7 +389,7 @@ _SAID = collections.deque(maxlen=20)  # llama.cpp's last words, for error messag
 
 
 @lru_cache
-def _llama_cpp():
+def _llama_cpp():  # the library, and the callback, which must live as long as it
     if importlib.util.find_spec("llama_cpp") is None:
         raise InputError(
             "GGUF files need llama.cpp; run: pip install llama-cpp-python (it needs a C++ compiler)"
@@ -401,7 +401,17 @@ def _llama_cpp():
         _SAID.append(text.decode("utf-8", "replace").strip())
 
     llama_cpp.llama_log_set(keep, ctypes.c_void_p(0))
-    return llama_cpp, keep  # the callback must live as long as the library
+    return llama_cpp, keep
+
+
+def llama_library():  # the module llama_cpp
+    "llama.cpp, silent: what it says is kept for `last_words`; raises `InputError` where it is not installed."
+    return _llama_cpp()[0]
+
+
+def last_words() -> str:
+    "What llama.cpp said last, for error messages."
+    return " ".join([*_SAID][-2:])
 
 
 def open_gguf(
@@ -410,16 +420,14 @@ def open_gguf(
     **options,  # for `llama_cpp.Llama`
 ):  # llama_cpp.Llama
     "The model in a GGUF file, silent, on all cores; raises `InputError` when llama.cpp cannot read it."
-    library, _ = _llama_cpp()
+    library = llama_library()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     try:
         return library.Llama(
             str(path), n_ctx=context, n_threads=cores, n_threads_batch=cores, verbose=False, **options
         )
     except (ValueError, RuntimeError) as error:
-        raise InputError(
-            f"{path}: llama.cpp cannot open it: {' '.join(list(_SAID)[-2:]) or error}"
-        ) from error
+        raise InputError(f"{path}: llama.cpp cannot open it: {last_words() or error}") from error
 
 # %% ../nbs/06_deploy.ipynb #b46191c5
 QUANTISED = {"gguf-q8_0": "LLAMA_FTYPE_MOSTLY_Q8_0", "gguf-q4_k_m": "LLAMA_FTYPE_MOSTLY_Q4_K_M"}
@@ -431,12 +439,12 @@ def quantize(
     kind: str,  # a name in `QUANTISED`
 ) -> Path:  # the file
     "The same model with rounded weights, by llama.cpp's own quantiser."
-    library, _ = _llama_cpp()
+    library = llama_library()
     need_space(path, Path(source).stat().st_size)
     params = library.llama_model_quantize_default_params()
     params.ftype = getattr(library, QUANTISED[kind])
     if library.llama_model_quantize(str(source).encode(), str(path).encode(), ctypes.byref(params)) != 0:
-        raise InputError(f"{path}: llama.cpp could not quantise: {' '.join(list(_SAID)[-2:])}")
+        raise InputError(f"{path}: llama.cpp could not quantise: {last_words()}")
     return Path(path)
 
 
@@ -491,7 +499,7 @@ def export(
     if run.recipe.method == "full" and "adapter" in kinds:
         raise InputError("a full fine-tuning has no adapter to export; choose merged or a gguf kind")
     if any(kind.startswith("gguf") for kind in kinds):
-        _llama_cpp()
+        llama_library()
     out, tokenizer = Path(out or run.dir / "exports"), load_tokenizer(run.adapter_dir)
     folder = resolve(run.recipe.model, run.recipe.revision)
     base = {"model": run.recipe.model, "revision": run.recipe.revision, "sha256": base_identity(folder)}

@@ -7,8 +7,8 @@ Docs: https://ftnb.github.io/ftnb/model.html.md"""
 # %% auto #0
 __all__ = ['DEFAULT_MODEL', 'WHEELS', 'UNPACKING', 'KINDS', 'HUB_FILES', 'quiet', 'resolve', 'pick_device', 'gemm_seconds',
            'pick_dtype', 'lora_config', 'quantization_config', 'load_tokenizer', 'load_model', 'count_params',
-           'memory_by_part', 'plot_parts', 'Generation', 'common_prefix', 'cache_name', 'open_batch', 'prefix_cache',
-           'generate']
+           'memory_by_part', 'plot_parts', 'Generation', 'common_prefix', 'cache_name', 'stepper', 'open_batch',
+           'prefix_cache', 'generate']
 
 # %% ../nbs/03_model.ipynb #b10b1b37
 import difflib
@@ -410,7 +410,10 @@ def cache_name(
     return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
-def _stepper(model):
+def stepper(
+    model,  # a causal language model, with or without adapter
+) -> Callable:  # (ids, mask, positions, cache) -> logits of the last column, (rows, vocabulary)
+    "One pass of the model over a batch from `open_batch`."
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     takes, past = inspect.signature(base.forward).parameters, cache_name(base.forward)
     last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
@@ -502,7 +505,7 @@ def generate(
             )
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
     stops, pad, was_training = set(stop_ids(tokenizer)), tokenizer.pad_token_id, model.training
-    pick, step = choose or (lambda numbers, logits: logits.argmax(-1)), _stepper(model)
+    pick, step = choose or (lambda numbers, logits: logits.argmax(-1)), stepper(model)
     model.eval()
     try:
         starts, prefix = range(0, len(order), batch_size), prefix_cache(step, model, prompts)
