@@ -251,7 +251,9 @@ class _Context:
             setattr(params, name, value)
         self.ctx, raw = library.llama_init_from_model(model._model.model, params), model._model.model
         if not self.ctx:
-            raise InputError(f"llama.cpp has no memory for {slots} answers of {tokens:,} tokens; take fewer slots")
+            raise InputError(
+                f"llama.cpp has no memory for {slots} answers of {tokens:,} tokens; take fewer slots"
+            )
         if adapter is not None:
             one = (library.llama_adapter_lora_p_ctypes * 1)(adapter)
             if library.llama_set_adapters_lora(self.ctx, one, 1, (ctypes.c_float * 1)(1.0)) != 0:
@@ -264,7 +266,12 @@ def _read(self, parts):  # slot, tokens before, new tokens, whether the next tok
     at, wanted, batch = 0, {}, self.batch
     for slot, start, tokens, last in parts:
         for n, token in enumerate(tokens):
-            batch.token[at], batch.pos[at], batch.n_seq_id[at], batch.seq_id[at][0] = token, start + n, 1, slot
+            batch.token[at], batch.pos[at], batch.n_seq_id[at], batch.seq_id[at][0] = (
+                token,
+                start + n,
+                1,
+                slot,
+            )
             batch.logits[at] = last and n == len(tokens) - 1
             at += 1
         if last:
@@ -346,7 +353,9 @@ class _LlamaSlots:
         free = [slot for slot in range(len(self.held)) if slot not in taken]
         same = {slot: _alike(self.held[slot], answer.ask.ids) for slot in free}
         answer.slot = max(free, key=lambda slot: (same[slot], -len(self.held[slot])))
-        keep = min(same[answer.slot], len(answer.ask.ids) - 1)  # one token at least is read, for what follows it
+        keep = min(
+            same[answer.slot], len(answer.ask.ids) - 1
+        )  # one token at least is read, for what follows it
         keep = self.context.keep(answer.slot, keep)
         self.held[answer.slot] = self.held[answer.slot][:keep]
 
