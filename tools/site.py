@@ -3,13 +3,16 @@
     python tools/site.py [--quarto] [--check-only]
 
 nbdev processes the notebooks (exports become documented signatures, back-quoted names become links); smalldocs
-turns them into HTML from the same _quarto.yml that Quarto would read. With --quarto, `nbdev-docs` does it.
+turns them into HTML from the same _quarto.yml that Quarto would read. With --quarto, Quarto does it. Both are then
+finished alike: links between pages stay on this site, nothing is fetched from elsewhere, a skip link, named
+landmarks, and a place in the order of the Tab key for what scrolls sideways.
 """
 
+import ast
+import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -21,6 +24,40 @@ sys.path = [
 ]  # this file must not shadow `site`
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+MORE = "More"
+PHASES = (
+    (-1, MORE),
+    (0, "Plan and data"),
+    (2, "Format and model"),
+    (4, "Train"),
+    (5, "Evaluate and decide"),
+    (6, "Deploy"),
+    (7, "Command line"),
+    (10, "Workshops"),
+)
+SKIP = '<a class="skip-link" href="#quarto-document-content">Skip to the text</a>'
+NAMED = (  # what the renderers leave without a name, or give the wrong role
+    ('<nav class="navbar ', '<nav aria-label="Site" class="navbar '),
+    ('<nav class="quarto-secondary-nav"', '<nav aria-label="This page" class="quarto-secondary-nav"'),
+    ('<nav id="quarto-sidebar"', '<nav aria-label="Notebooks" id="quarto-sidebar"'),
+    ('<nav class="page-navigation"', '<nav aria-label="Previous and next" class="page-navigation"'),
+    ('<nav id="TOC" role="doc-toc"', '<nav id="TOC" role="doc-toc" aria-label="On this page"'),
+    ('<div class="toc-actions">', '<div class="toc-actions" role="navigation" aria-label="Help">'),
+    ("<th></th>", "<td></td>"),
+    ('<main class="content"', '<main tabindex="-1" class="content"'),
+    ('role="navigation" aria-expanded', 'role="button" tabindex="0" aria-expanded'),
+)
+KEYS = """(() => {
+  const reach = () => document.querySelectorAll("pre, .sd-table, .cell-output, .table-responsive").forEach((e) => {
+    if (e.scrollWidth > e.clientWidth) e.tabIndex = 0; else e.removeAttribute("tabindex");
+  });
+  addEventListener("load", reach); addEventListener("resize", reach);
+  document.addEventListener("keydown", (e) => {
+    if ((e.key === "Enter" || e.key === " ") && e.target.matches('a[role="button"]:not([href])')) {
+      e.preventDefault(); e.target.click();
+    }
+  });
+})();"""
 QUIET = ("format-links", "commonmark", "keep-md", "output-file", "twitter-card", "open-graph")
 
 
@@ -29,8 +66,68 @@ def page_name(notebook: str) -> str:
     return re.sub(r"^\d+[a-zA-Z0-9]*_", "", notebook.removesuffix(".ipynb"))
 
 
+def phase(notebook: str) -> str:
+    "The section of the sidebar that a notebook stands in."
+    number = int(match[0]) if (match := re.match(r"\d+", notebook)) else -1
+    return next(name for least, name in reversed(PHASES) if number >= least)
+
+
+def sidebar(names: list[str]) -> dict:
+    "The sidebar: the start page, then a section for each phase, a notebook called by its number and its name."
+    sections: dict[str, list] = {}
+    for name in sorted(names, key=lambda n: (not n[0].isdigit(), n)):
+        page, number = page_name(name), re.match(r"\d+[a-z]?", name)
+        text = f"{number[0]} {page}" if number else page.replace("_", " ").capitalize()
+        if name != "index.ipynb":
+            entry = {"text": text, "href": f"{page}.ipynb"}
+            sections.setdefault(phase(name), []).append(entry)
+    sections.setdefault(MORE, []).append({"text": "Contributing", "href": "contributing.md"})
+    start = {"text": "Start", "href": "index.ipynb"}
+    found = [{"section": name, "contents": pages} for name, pages in sections.items()]
+    return {"website": {"sidebar": {"contents": [start, *found]}}}
+
+
+def docstrings() -> dict[str, str]:
+    "Name of a function or method of ftnb -> first line of its docstring."
+    found = {}
+    for path in sorted((ROOT / "ftnb").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.FunctionDef) and (text := ast.get_docstring(node)):
+                found.setdefault(node.name, text.splitlines()[0])
+    return found
+
+
+def describe(cells: list, said: dict[str, str]) -> None:
+    "Give every figure a text for who cannot see it: what the function that draws it says it draws, and the heading."
+    heading = ""
+    for cell in cells:
+        if cell.cell_type == "markdown":
+            heading = ([m[1] for m in re.finditer(r"^#+ (.+)$", cell.source, re.M)] or [heading])[-1]
+            continue
+        drawn = [o for o in cell.get("outputs", []) if {"image/png", "image/svg+xml"} & {*o.get("data", {})}]
+        if not drawn or re.search(r"^#\| *fig-alt:", cell.source, re.M):
+            continue
+        used = re.findall(r"\b(plot\w*|draw\w*)\(", cell.source)
+        text = next((said[name] for name in used if name in said), "Figure.").rstrip(".")
+        cell.source = f"#| fig-alt: {json.dumps(f'{text}. Part: {heading}')}\n{cell.source}"
+
+
+def contributing(cache: Path, repository: str) -> None:
+    "CONTRIBUTING.md as a page: pictures from the site, notebooks as pages, other files in the repository."
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    text = text.replace("](nbs/images/", "](images/")
+    text = re.sub(r"\]\(nbs/(\w+)\.ipynb", lambda m: f"]({page_name(m[1])}.html", text)
+    text = re.sub(
+        r"\]\((?!images/|https?:|#)([^)]+)\)",
+        lambda m: m[0] if m[1].endswith(".html") else f"]({repository}/blob/main/{m[1]})",
+        text,
+    )
+    (cache / "contributing.md").write_text(text, "utf-8")
+
+
 def process() -> Path:
     "Run nbdev's part and give every page the name that nbdev's own links use; the folder of processed notebooks."
+    import yaml
     from fastcore.nbio import read_nb, write_nb
     from nbdev.config import get_config
     from nbdev.quarto import nbdev_sidebar, refresh_quarto_yml
@@ -47,22 +144,50 @@ def process() -> Path:
     for name in ("styles.css", "nbdev.yml", "_quarto.yml"):
         shutil.copy(source / name, cache / name)
     repository = get_config().git_url.rstrip("/")
-    names = [p.name for p in source.glob("*.ipynb")]
-    sidebar = (source / "sidebar.yml").read_text("utf-8")
+    names, said = [p.name for p in source.glob("*.ipynb")], docstrings()
     for name in sorted(names):
         page = page_name(name)
-        sidebar = sidebar.replace(name, f"{page}.ipynb")
         notebook = read_nb(cache / name)
         for cell in notebook.cells:
             if cell.cell_type == "markdown":
                 cell.source = re.sub(
                     r"\]\((?:\./)?(\d\d_\w+)\.ipynb", lambda m: f"]({page_name(m[1])}.html", cell.source
                 )
+                cell.source = cell.source.replace("](../CONTRIBUTING.md", "](contributing.html")
                 cell.source = re.sub(r"\]\(\.\./", f"]({repository}/blob/main/", cell.source)
+        describe(notebook.cells, said)
         (cache / name).unlink()
         write_nb(notebook, cache / f"{page}.ipynb")
-    (cache / "sidebar.yml").write_text(sidebar, "utf-8")
+    contributing(cache, repository)
+    text = yaml.safe_dump(sidebar(names), sort_keys=False, allow_unicode=True)
+    (cache / "sidebar.yml").write_text(text, "utf-8")
     return cache
+
+
+def finish(site: Path, url: str) -> None:
+    "Make the pages whole without another server, and usable with a keyboard and a screen reader."
+    anchors = {p: Page(p.read_text("utf-8")).anchors for p in site.rglob("*.html")}
+    for path in anchors:
+        text = path.read_text("utf-8")
+
+        def local(m, path=path):
+            there = site / (m[1] or "index.html")
+            if not there.exists():
+                return m[0]
+            known = unquote(m[2][1:]) in anchors.get(
+                there, ()
+            )  # what is not shown has no anchor: its page then
+            return f'href="{os.path.relpath(there, path.parent)}{m[2] if known else ""}"'
+
+        text = re.sub(rf'href="{re.escape(url.rstrip("/"))}/([\w/.-]*?)((?:#[^"]*)?)"', local, text)
+        for old, new in NAMED:
+            text = text.replace(old, new)
+        text = re.sub(r"(<body[^>]*>)", rf"\1{SKIP}", text, count=1)
+        path.write_text(text.replace("</body>", f"<script>{KEYS}</script></body>"), "utf-8")
+    for path in site.rglob("*.css"):
+        text = path.read_text("utf-8")
+        if "fonts.googleapis.com" in text:
+            path.write_text(re.sub(r"@import\s+url\([^)]*fonts\.googleapis\.com[^)]*\);?", "", text), "utf-8")
 
 
 class Page(HTMLParser):
@@ -104,33 +229,44 @@ def broken(site: Path) -> list[str]:
     return found
 
 
-def build() -> Path:
-    "The site, in _docs/."
-    from smalldocs.site import build as render
+def site_url() -> str:
+    "Where the site will stand, as nbs/nbdev.yml says: nbdev's links begin with it."
+    return re.search(r'site-url: "?([^"\s]+)', (ROOT / "nbs/nbdev.yml").read_text("utf-8"))[1]
 
-    cache = process()
-    site = render(cache, quiet=True)
-    for warning in site.warnings:
-        if not any(word in str(warning) for word in QUIET):
-            print(f"warning: {warning}", file=sys.stderr)
-    target = ROOT / "_docs"
+
+def build(quarto: bool = False) -> Path:
+    "The site, in _docs/: by smalldocs, or by Quarto with the call that `nbdev-docs` makes."
+    cache, target = process(), ROOT / "_docs"
+    if quarto:
+        from nbdev.quarto import render_quarto
+
+        made = cache / "_docs"
+        render_quarto(cache, made)
+    else:
+        from smalldocs.site import build as render
+
+        site = render(cache, quiet=True)
+        for warning in site.warnings:
+            if not any(word in str(warning) for word in QUIET):
+                print(f"warning: {warning}", file=sys.stderr)
+        made = site.out
     shutil.rmtree(target, ignore_errors=True)
-    shutil.move(str(site.out), target)
+    shutil.move(str(made), target)
+    finish(target, site_url())
     return target
 
 
 def main() -> int:
     "Exit code 1 when a link is broken."
-    if "--quarto" in sys.argv[1:]:
-        if not shutil.which("quarto"):
-            print(
-                "ftnb docs: quarto is not installed; without --quarto the site is built by smalldocs",
-                file=sys.stderr,
-            )
-            return 2
-        subprocess.run(["nbdev-docs"], cwd=ROOT, check=True)
-    elif "--check-only" not in sys.argv[1:]:
-        build()
+    quarto = "--quarto" in sys.argv[1:]
+    if quarto and not shutil.which("quarto"):
+        print(
+            "ftnb docs: quarto is not installed; without --quarto the site is built by smalldocs",
+            file=sys.stderr,
+        )
+        return 2
+    if "--check-only" not in sys.argv[1:]:
+        build(quarto)
     found = broken(ROOT / "_docs")
     print(*found, sep="\n", end="\n" if found else "")
     pages = len(list((ROOT / "_docs").rglob("*.html")))
