@@ -28,6 +28,7 @@ run: install
 	@$(BIN)/ftnb run $(RUN_FLAGS)
 
 test: install
+	@$(BIN)/python tools/audit.py
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(TEST_FLAGS)
 
 lab: install

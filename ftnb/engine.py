@@ -23,10 +23,10 @@ import numpy as np
 import torch
 
 from .data import Record
-from .deploy import Artifact, base_identity, last_words, llama_library, open_gguf
+from .deploy import Artifact, base_of, last_words, llama_library, open_gguf, open_gguf_lora
 from .format import first_difference, messages_for, prompt_for, render, template_hash
 from .model import Generation, common_prefix, generate, load_model, load_tokenizer, open_batch, quiet
-from .model import resolve, stepper
+from .model import stepper
 from .plan import InputError
 
 # %% ../nbs/06b_engine.ipynb #1d3f0dae
@@ -209,7 +209,7 @@ class TorchEngine(_Engine):
     system: str = ""  # system prompt of the run
     context: int = 2048  # tokens of prompt and answer together
     adapter: str | None = None  # of a peft model with several; "" = all off; None: as it is
-    kept: dict = field(default_factory=dict, repr=False, compare=False)  # its last batch
+    kept: dict = field(default_factory=dict, init=False, repr=False, compare=False)  # its last batch
 
     def generate(
         self,
@@ -314,7 +314,7 @@ class LlamaEngine(_Engine):
     system: str = ""  # system prompt of the run
     context: int = 2048  # tokens of prompt and answer together
     adapter: object = None  # of llama.cpp, on the model's weights; None: the weights alone
-    kept: dict = field(default_factory=dict, repr=False, compare=False)  # its last batch
+    kept: dict = field(default_factory=dict, init=False, repr=False, compare=False)  # its last batch
 
     def generate(
         self,
@@ -491,36 +491,59 @@ def open_slots(
         raise InputError(f"slots must be from 1 to 128, got {slots!r}")
     return (_LlamaSlots if isinstance(engine, LlamaEngine) else _TorchSlots)(engine, slots)
 
-# %% ../nbs/06b_engine.ipynb #180a2d33
+# %% ../nbs/06b_engine.ipynb #61633df4
 def load_for_generation(
     artifact: Artifact,  # verified by `Artifact.load`
     context: int | None = None,  # tokens of prompt and answer together; None: what the run allows
-) -> TorchEngine | LlamaEngine:  # with .generate, .answer, .stream, .prompt, .close
+    shared: dict | None = None,  # bases that are open, as this function fills it: one base is loaded once
+) -> TorchEngine | LlamaEngine:  # with .generate, .answer, .stream, .prompt, .slots, .close
     "The export, ready to answer; raises `InputError` when its base is not the one it was made for."
     recipe, tokenizer = artifact.recipe, load_tokenizer(artifact.dir)
     if template_hash(tokenizer) != artifact.manifest["template_hash"]:
         raise InputError(f"{artifact.dir}: its chat template is not the one the run was trained with")
     context = context or max(2048, recipe.max_length + recipe.max_new_tokens)
     rest = tokenizer, frozenset(artifact.manifest["stop_ids"]), recipe.system
+    shared = {} if shared is None else shared
     if artifact.kind.startswith("gguf"):
-        llm = open_gguf(artifact.dir / "model.gguf", 256)  # its own context stays unused: slots open theirs
-        return LlamaEngine(llm, *rest, min(context, llm._model.n_ctx_train()))
+        llm, adapter = _open_gguf(artifact, shared)
+        return LlamaEngine(llm, *rest, min(context, llm._model.n_ctx_train()), adapter)
+    name = None
     if artifact.kind == "merged":
         model = load_model(artifact.dir, dtype="float32")
     else:
-        from peft import PeftModel
+        model, name = _adapted(artifact, shared)
+    return TorchEngine(model, *rest, min(context, model.config.max_position_embeddings), name)
 
-        base = artifact.manifest["base"]
-        folder = resolve(base["model"], base["revision"])
-        if base_identity(folder) != base["sha256"]:
-            raise InputError(
-                f"{artifact.dir}: {base['model']} is not the base it was made for (sha256 {base['sha256'][:12]}…)"
-            )
-        with quiet():
-            model = PeftModel.from_pretrained(
-                load_model(folder, "float32", recipe.method), artifact.dir
-            ).eval()
-    return TorchEngine(model, *rest, min(context, model.config.max_position_embeddings))
+# %% ../nbs/06b_engine.ipynb #7ab6b5d5
+def _open_gguf(artifact, shared):  # llama_cpp.Llama and the adapter on it, or None
+    if artifact.kind != "gguf-lora":
+        return open_gguf(
+            artifact.dir / "model.gguf", 256
+        ), None  # its own context stays unused: slots open theirs
+    key = "gguf", artifact.manifest["base_gguf"]
+    if key not in shared:
+        shared[key] = open_gguf_lora(artifact, 256)
+        return shared[key], shared[key]._lora_adapter
+    path = str(artifact.dir / "adapter.gguf").encode()
+    adapter = llama_library().llama_adapter_lora_init(shared[key]._model.model, path)
+    if not adapter:
+        raise InputError(f"{artifact.dir}: llama.cpp cannot read adapter.gguf: {last_words()}")
+    return shared[key], adapter
+
+
+def _adapted(artifact, shared):  # peft model and the adapter's name on it
+    from peft import PeftModel
+
+    key = "peft", artifact.manifest["base"]["sha256"], artifact.recipe.method
+    model, name = shared.get(key), f"a{len(shared)}-{artifact.manifest['run']['weights'][:8]}"
+    with quiet():
+        if model is None:
+            base = load_model(base_of(artifact), "float32", artifact.recipe.method)
+            model = shared[key] = PeftModel.from_pretrained(base, artifact.dir, adapter_name=name).eval()
+        elif name not in model.peft_config:
+            model.load_adapter(artifact.dir, name)
+            model.eval()
+    return model, name
 
 # %% ../nbs/06b_engine.ipynb #4aeef418
 class Busy(Exception):

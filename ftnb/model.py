@@ -18,6 +18,7 @@ import inspect
 import json
 import logging
 import re
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -29,6 +30,7 @@ from pathlib import Path
 
 import torch
 
+from .foreign import check_template, inspect_gguf, refuse_foreign
 from .format import set_template, stop_ids
 from .plan import InputError, Recipe, asset_wheel, atomic_dir, cache_dir, need_space, sha256
 from .plan import progress as bar_over
@@ -189,6 +191,18 @@ def _from_hub(name, revision, weights):
     raise InputError(f"model {name}: {why}; a model is {KINDS}")
 
 # %% ../nbs/03_model.ipynb #6a94c9dd
+def _looked_at(path):
+    "The file, once a process with limits has read it; a template that is not known is named."
+    try:
+        facts = inspect_gguf(path)
+    except InputError as error:
+        why = str(error).removeprefix(f"{path}: ")
+        raise InputError(f"model {path}: cannot unpack it: {why}") from error
+    if facts["template_of"] == "":
+        print(f"{path.name}: its chat template is none that ftnb knows; see what it writes", file=sys.stderr)
+    return path
+
+
 def resolve(
     name: str | Path,  # alias, folder, .gguf file, or hub id
     revision: str | None = None,  # hub branch, tag or commit
@@ -201,16 +215,19 @@ def resolve(
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise InputError(f"model {name}: a file, but not a .gguf file; a model is {KINDS}")
-        return _unpacked(path.stem, _digest(path), lambda: path)
+        return _unpacked(path.stem, _digest(path), lambda: _looked_at(path))
     if path.is_dir():
         if (path / "config.json").is_file():
+            refuse_foreign(path)
             return path
         found = (
             "an adapter without its model" if (path / "adapter_config.json").is_file() else "no config.json"
         )
         raise InputError(f"model {name}: the folder holds {found}; a model is {KINDS}")
     if re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and path.suffix.lower() != ".gguf":
-        return _from_hub(name, revision, weights)
+        folder = _from_hub(name, revision, weights)
+        refuse_foreign(folder)
+        return folder
     near = difflib.get_close_matches(name, WHEELS, n=1)
     raise InputError(
         f"model {name}: not found; " + (f"did you mean {near[0]}?" if near else f"a model is {KINDS}")
@@ -303,7 +320,9 @@ def load_tokenizer(
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(f"model {name}: its tokenizer cannot be loaded: {_first_line(error)}") from error
-    return set_template(tokenizer, template)
+    tokenizer = set_template(tokenizer, template)
+    check_template(tokenizer.chat_template)
+    return tokenizer
 
 
 def load_model(

@@ -9,7 +9,7 @@ __all__ = ['SHARED', 'LONG', 'END_TO_END', 'sft_config', 'choice', 'Evidence', '
            'stop_on_interrupt', 'peak_memory', 'open_run', 'everyone', 'together', 'rows_at_once', 'in_bfloat16',
            'uncast', 'EpochSampler', 'plain_head', 'labelled_loss', 'Shared', 'share', 'shared_attention', 'can_share',
            'shared_loss', 'Trainer', 'FiniteGradients', 'trackers', 'without_padding', 'make_trainer', 'shorten',
-           'train', 'out_of_memory', 'smaller_batch', 'settled_dtype', 'plot_curves', 'load_run']
+           'train', 'out_of_memory', 'smaller_batch', 'settled_dtype', 'settled_base', 'plot_curves', 'load_run']
 
 # %% ../nbs/04_train.ipynb #eb153d7e
 import logging
@@ -80,6 +80,7 @@ from ftnb.format import (
     prompt_for,
     same_answer,
 )
+from .foreign import base_identity
 from .model import generate, load_model, load_tokenizer, lora_config, pick_dtype, resolve
 from .plan import InputError, Recipe, atomic_dir, locked, progress, write_text
 from .review import require_review
@@ -1122,6 +1123,22 @@ def settled_dtype(
     return json.loads(held.read_text(encoding="utf-8"))
 
 
+def settled_base(
+    recipe: Recipe,  # its model and revision
+    out: Path,  # the run's folder
+) -> str:  # 64 hexadecimal digits
+    "Hash of the base weights the run began with; raises `InputError` when others are found now."
+    held, found = out / "base.json", base_identity(resolve(recipe.model, recipe.revision))
+    if not held.exists():
+        write_text(held, json.dumps(found))
+    if (wanted := json.loads(held.read_text(encoding="utf-8"))) != found:
+        raise InputError(
+            f"{out} was begun on {recipe.model} with sha256 {wanted[:12]}…, found is {found[:12]}…; "
+            "name the right base or begin another run"
+        )
+    return found
+
+
 def _train(recipe, splits, out, model, tokenizer, max_answers, callbacks, size):
     logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
     dtype, last = together(lambda: _ready(recipe, out, model), main=True)
@@ -1156,7 +1173,7 @@ def _train(recipe, splits, out, model, tokenizer, max_answers, callbacks, size):
 
 def _ready(recipe, out, model):
     if model is None:
-        resolve(recipe.model, recipe.revision)  # unpacked once, not by every process
+        settled_base(recipe, out)  # unpacked once, not by every process
     dtype = settled_dtype(recipe, out) if model is None else ""
     remove_torn(out / "checkpoints")
     return dtype, last_checkpoint(out / "checkpoints")
@@ -1199,6 +1216,8 @@ def _finish(recipe, splits, out, trainer, tokenizer, history, seconds, weights=N
     metrics |= {"batch_size": trainer.args.per_device_train_batch_size}
     metrics |= {"trainable": sum(p.numel() for p in model.parameters() if p.requires_grad)}
     metrics |= {"dtype": str(trainer.model.get_input_embeddings().weight.dtype).removeprefix("torch.")}
+    if (base := out / "base.json").exists():  # not where the model was handed in
+        metrics["base_sha256"] = json.loads(base.read_text(encoding="utf-8"))
     packages = {name: version(name) for name in ("ftnb", "torch", "transformers", "trl", "peft", "datasets")}
     done = {"best_step": best, "metrics": metrics, "versions": packages}
     done |= {"code": _code(), "ended": round(time.time(), 2)}

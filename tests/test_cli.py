@@ -24,7 +24,7 @@ VERBS = (
     "decide",
     "labels",
 )
-VERBS += ("deploy", "serve", "check-endpoint", "run")
+VERBS += ("deploy", "serve", "check-endpoint", "bench", "run")
 
 
 @pytest.fixture(scope="session")
