@@ -25,7 +25,6 @@ from torch.nn import functional as F
 
 from .data import Record
 from .evaluate import Prediction, predict
-from .forgetting import can_reuse
 from .format import encode_answer, stop_ids, turn_end
 from .model import Generation, cache_name, generate, open_batch, prefix_cache
 from .plan import InputError, Recipe
@@ -273,6 +272,8 @@ def _checked(model, trie, prompts):
 @torch.inference_mode()
 def _over(model, tokenizer, prompts, labels, batch_size, progress, together, alone):
     "What `together` finds for batches of like length, or `alone` for single prompts, in the order of `prompts`."
+    from ftnb.forgetting import can_reuse  # loads trl and peft, which a server that wants JSON does not need
+
     trie = labels if isinstance(labels, LabelTrie) else label_trie(tokenizer, labels)
     prompts, found, was_training = [list(p) for p in prompts], {}, model.training
     _checked(model, trie, prompts)
