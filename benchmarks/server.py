@@ -34,11 +34,12 @@ CONTEXT = 2048
 LETTERS = "bdfgklmnprst"
 
 
-def toy_engine(folder):
-    "A random model with the default model's tokenizer, whose answers differ from prompt to prompt."
+def toy_engine(folder, kind="llama"):
+    "A random model with the default model's tokenizer, whose answers differ from prompt to prompt: llama | torch."
     import torch
 
-    from ftnb.engine import TorchEngine
+    from ftnb.deploy import open_gguf, quantize, write_gguf
+    from ftnb.engine import LlamaEngine, TorchEngine
     from ftnb.format import stop_ids
     from ftnb.model import load_model, load_tokenizer
     from toys import toy_model
@@ -50,7 +51,11 @@ def toy_engine(folder):
         for name, weight in model.named_parameters():
             if "layers" in name and weight.ndim == 2:
                 weight *= 8  # else a tied random model repeats its last token
-    model.double()  # so that a token that is all but as likely does not win by rounding: what differs is a fault
+    if kind == "llama":  # in Q8_0 its answers are the same bits alone and in a batch: what differs is a fault
+        if not (file := folder / "toy.gguf").exists():
+            quantize(write_gguf(model, tokenizer, folder / "whole.gguf", "float32"), file, "gguf-q8_0")
+        return LlamaEngine(open_gguf(file, 256), tokenizer, frozenset(stop_ids(tokenizer)), "Name the class.")
+    model.double()  # so that a token that is all but as likely does not win by rounding
     return TorchEngine(model, tokenizer, frozenset(stop_ids(tokenizer)), "Name the class.")
 
 
@@ -398,7 +403,7 @@ def leaving(folder, n=20):
     "S6: readings of the model that begin after a client has left in the middle of its answer."
     from ftnb.server import serving
 
-    engine, count = toy_engine(folder), [0]
+    engine, count = toy_engine(folder, "torch"), [0]
 
     def slowly(*_):
         count[0] += 1
@@ -578,9 +583,9 @@ def memory(url, pid, key=None, n=10_000, warm=1_000, clients=4):
     return {"requests": n, "MB before": first, "MB after": last, "growth": last / first - 1}
 
 
-def measure(quick=False, only=()):
-    found, folder = {}, Path(tempfile.mkdtemp()) / "toy"
-    engine = toy_engine(folder)
+def measure(quick=False, only=(), kind="llama"):
+    found, folder = {"engine": kind}, Path(tempfile.mkdtemp()) / "toy"
+    engine = toy_engine(folder, kind)
     log = folder.parent / "log"
 
     def row(name, work, *args, **more):
@@ -588,7 +593,7 @@ def measure(quick=False, only=()):
             found[name] = work(*args, **more)
             print(name, json.dumps(found[name]), flush=True)
 
-    with process(folder, "--key", KEY, log=log) as (url, one, _):
+    with process(folder, "--key", KEY, "--engine", kind, log=log) as (url, one, _):
         row("crowd", crowd, url, KEY, **({"clients": 8, "each": 20} if quick else {}))
         row("too_large", too_large, url, KEY, 10 if quick else 60)
         row("malformed", malformed, url, KEY)
@@ -636,6 +641,7 @@ def main():
     parser.add_argument("--serve", type=int)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--key")
+    parser.add_argument("--engine", choices=("llama", "torch"), default="llama")
     parser.add_argument("--slots", type=int, default=16)
     parser.add_argument("--waiting", type=int, default=256)
     args = parser.parse_args()
@@ -645,9 +651,16 @@ def main():
         from ftnb.server import serve
 
         torch.set_num_threads(1)
-        serve({"toy": toy_engine(args.folder)}, "127.0.0.1", args.serve, args.key, args.waiting, args.slots)
+        serve(
+            {"toy": toy_engine(args.folder, args.engine)},
+            "127.0.0.1",
+            args.serve,
+            args.key,
+            args.waiting,
+            args.slots,
+        )
         return
-    found = measure(args.quick, [word for word in args.only.split(",") if word])
+    found = measure(args.quick, [word for word in args.only.split(",") if word], args.engine)
     if args.out:
         from ftnb.plan import write_text
 

@@ -55,7 +55,9 @@ def base_engine(
     "The base of the run, ready to answer beside it; beside an adapter it shares the tuned model's weights."
     engine = tuned or load_for_generation(artifact)
     if artifact.kind == "adapter":
-        return replace(engine, model=without_adapter(engine.model))
+        return replace(engine, model=without_adapter(engine.model), adapter=None)
+    if artifact.kind == "gguf-lora":
+        return replace(engine, adapter=None)
     if not artifact.kind.startswith("gguf"):
         return replace(engine, model=plain_base(base_of(artifact), method=artifact.recipe.method))
     model = open_gguf(base_file(artifact), engine.context)
