@@ -619,22 +619,21 @@ class _Door:
             route = scope["path"] if scope["path"] in self.routes else "other"
             service.metrics.add("requests_total", route=route, status=status)
 
-# %% ../nbs/06d_server.ipynb #c8000031
+# %% ../nbs/06d_server.ipynb #e7a0ba5c
 async def _body(request, limits):
+    "What a client sends; a little too much is read and dropped, as most clients hear nothing before they sent all."
     why = f"the body is larger than {limits.body:,} bytes"
-    if (
-        int(request.headers.get("content-length", 0)) > 8 * limits.body
-    ):  # a little too much is read and dropped:
-        raise _Refused(413, why)  # most clients hear nothing before they have sent all
+    if int(request.headers.get("content-length", 0)) > 8 * limits.body:
+        raise _Refused(413, why)
     parts, size = [], 0
     try:
         async with asyncio.timeout(limits.body_seconds):
-            if size <= limits.body:
-                parts.append(part)
-            size += len(part)
-            parts = parts if size > limits.body else parts + [part]
-            if size > 8 * limits.body:
-                raise _Refused(413, why)
+            async for part in request.stream():
+                size += len(part)
+                if size <= limits.body:
+                    parts.append(part)
+                if size > 8 * limits.body:
+                    raise _Refused(413, why)
     except TimeoutError:
         raise _Refused(408, f"the body did not arrive within {limits.body_seconds:g} seconds") from None
     if size > limits.body:
