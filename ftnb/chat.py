@@ -441,9 +441,10 @@ def chat_for(
     base: str = "base",  # what the server calls the base; "" = it is not served
     prompts: int = 8,  # test rows to click, where the run is at hand
     private: bool = True,  # False: others can open the address; no row and no system prompt is told
+    name: str = "",  # what the server calls the tuned model; "" = the export's own name
 ) -> str:  # HTML that needs no other file
     "The page for a run or one of its exports; an export that was moved away from its run has no test rows."
-    found, name, run = isinstance(source, Artifact), getattr(source, "name", ""), source
+    found, name, run = isinstance(source, Artifact), name or getattr(source, "name", ""), source
     if found:
         folder = source.dir.resolve().parent.parent
         run = Run.load(folder) if (folder / "run.json").is_file() else None

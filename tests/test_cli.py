@@ -228,3 +228,24 @@ def test_a_bug_is_told_from_bad_input(tmp_path):
     assert done.returncode == 1 and done.stderr.startswith("ftnb: bug: ZeroDivisionError")
     done = subprocess.run([*command, "--debug"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" in done.stderr
+
+
+def test_bench_measures_a_server_and_names_what_is_wrong(tmp_path):
+    from ftnb.bench import Loads, metronome
+
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text('{"messages": [{"role": "user", "content": "hi"}]}\n', encoding="utf-8")
+    with metronome(pieces=3) as url:
+        more = ["--clients", "1,2", "--seconds", "0.3", "--hourly", "1", "--out", "loads.json"]
+        done = ftnb("bench", url, "asked.jsonl", *more, cwd=tmp_path)
+        assert done.returncode == 0 and "| 2 clients |" in done.stdout and "dollars" in done.stdout, (
+            done.stderr
+        )
+        assert [x.clients for x in Loads.load(tmp_path / "loads.json")] == [1, 2]
+        refused(ftnb("bench", url, "asked.jsonl", "--clients", "one", cwd=tmp_path), "--clients", "commas")
+        refused(ftnb("bench", url, "asked.jsonl", "--clients", "0", cwd=tmp_path), "clients", "1 to 1,024")
+    with metronome(status=503) as url:
+        done = ftnb("bench", url, "asked.jsonl", "--clients", "1", "--seconds", "0.3", cwd=tmp_path)
+        assert done.returncode == 2 and "503" in done.stdout
+    asked.write_text("{}\n", encoding="utf-8")
+    refused(ftnb("bench", "http://127.0.0.1:9", "asked.jsonl", cwd=tmp_path), "asked.jsonl", "messages")
