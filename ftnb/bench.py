@@ -376,6 +376,9 @@ class Loads(list):
         "What was said, to be compared with what should be."
         return {r.prompt: r.text.strip() for load in self[::-1] for r in load.replies[::-1] if r.ok}
 
+    def __repr__(self):
+        return f"Loads({self.name!r}, {len(self)} levels)"
+
     def _repr_markdown_(self):
         return load_table({self.name: self.rows()})
 

@@ -1074,11 +1074,7 @@ def serve(
 # %% ../nbs/06d_server.ipynb #c800004a
 @contextmanager
 def serving(
-    served: Artifact
-    | TorchEngine
-    | LlamaEngine
-    | list
-    | dict,  # an export, an engine (called ftnb), or several
+    served: Artifact | TorchEngine | LlamaEngine | list | dict,  # one, or several by name
     api_key: str | None = None,  # that requests must carry
     waiting: int = 8,  # requests that may wait
     slots: int = 16,  # answers that each model writes at once
