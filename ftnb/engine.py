@@ -355,7 +355,7 @@ class _LlamaSlots:
         taken = {a.slot for a in self.rows}
         free = [slot for slot in range(len(self.held)) if slot not in taken]
         same = {slot: _alike(self.held[slot], answer.ask.ids) for slot in free}
-        answer.slot = max(free, key=lambda slot: (same[slot], -len(self.held[slot])))
+        answer.slot = max(free, key=lambda slot: (same[slot], -slot))
         keep = min(
             same[answer.slot], len(answer.ask.ids) - 1
         )  # one token at least is read, for what follows it
@@ -376,7 +376,7 @@ class _LlamaSlots:
         for answer in self.rows:
             if answer.slot is None:
                 self._place(answer)
-        work = [*self._todo()]
+        work = sorted(self._todo(), key=lambda part: part[1][0])  # neighbours in a row are read in one go
         found = self.context.read([part for _, part in work]) if work else {}
         for answer, (slot, _, new, last) in work:
             self.held[slot] += new
