@@ -1404,6 +1404,7 @@ def deploy(
     licence: str = "",  # licence of the model; without it the base's, where it is known
     dataset: str = "",  # id of the rows on the hub
     use: str = "",  # intended use, a sentence for the card
+    repeats: int = 1,  # fresh processes that time each export; 0: timed here, without its peak memory
 ) -> list:  # an Artifact for each kind
     "Export a run, check that every export answers like it, and write the report."
     names, folder = words(kinds, EVERY_KIND, "--kinds"), finished(run)
@@ -1434,7 +1435,7 @@ def deploy(
         note = folder / "agreement" / f"{kind}.json"
 
         def check(note=note):
-            found = verify(artifacts[-1], done)
+            found = verify(artifacts[-1], done, repeats=repeats)
             found.save(note)
             return found
 
@@ -1443,7 +1444,7 @@ def deploy(
         artifacts.append(
             steps.do(kind, same, make, lambda place=place: Artifact.load(place), lambda a: size(a.dir))
         )
-        again, kept = digest(kind, key, "kl"), lambda note=note: Agreement.load(note)  # noqa: E731
+        again, kept = digest(kind, key, "kl", repeats), lambda note=note: Agreement.load(note)  # noqa: E731
         agreements.append(steps.do(f"{kind}?", again, check, kept, agreed))
     reports = [
         Report.load(path) for name in SYSTEMS if (path := folder / "reports" / f"{name}.json").exists()
@@ -1673,6 +1674,7 @@ def run(
     source: Source = STORE_ROWS,  # where the records come from
     out: str = "",  # folder of the run; without it runs/ and the recipe's name
     kinds: str = ",".join(KINDS),  # exports to write
+    repeats: int = 1,  # fresh processes that time each export; 0: timed here, without its peak memory
     fresh: bool = False,  # remove the run that is there and start over
     allow_leakage: bool = False,  # train although test rows stand in training; scores are given with and without them
     general: General = ALONE,  # questions of general knowledge, a budget for forgetting, replay
@@ -1683,7 +1685,7 @@ def run(
     began = time.monotonic()
     folder = train(recipe, source, out, fresh, allow_leakage, general, force)
     evaluate(str(folder))
-    deploy(str(folder), kinds)
+    deploy(str(folder), kinds, repeats=repeats)
     say(
         f"done         {time.monotonic() - began:6.1f} s  {folder / 'report.html'}; next: ftnb serve {folder}",
         "bold",

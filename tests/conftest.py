@@ -1,6 +1,7 @@
 """Shared by all tests: no network, no display, workers side by side, and a table of notebook seconds at the end."""
 
 import os
+import shutil
 import sys
 import tempfile
 from contextlib import contextmanager
@@ -75,3 +76,19 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    "Chromium without a window; tests that ask for it skip, visibly, where there is none."
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip("no chromium or google-chrome on PATH")
+    with sync_api.sync_playwright() as p:
+        started = p.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        try:
+            yield started
+        finally:
+            started.close()

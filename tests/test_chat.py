@@ -24,7 +24,6 @@ from ftnb.server import serving
 from ftnb.train import train
 from toys import least_contrast, rows, toy_model
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SHOTS = os.environ.get("FTNB_SHOTS")  # a folder to keep pictures in
 FORGED = [
     "</script><img src=x onerror=document.title='owned'>",
@@ -186,19 +185,6 @@ def test_a_page_that_others_can_open_tells_no_row_and_no_prompt(run, artifacts, 
 
 
 # in a browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if BROWSER is None:
-        pytest.skip("no chromium or google-chrome on PATH")
-    with sync_api.sync_playwright() as p:
-        started = p.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
-        try:
-            yield started
-        finally:
-            started.close()
 
 
 def opened(browser, url, **options):

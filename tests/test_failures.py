@@ -4,7 +4,6 @@ import json
 import os
 import random
 import re
-import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -46,7 +45,6 @@ from ftnb.plan import InputError
 from ftnb.review import apply_edits, load_edits, row_hash, save_edits
 from toys import least_contrast, quick
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SHOTS = os.environ.get("FTNB_SHOTS")  # a folder to keep pictures in
 FORGED = [
     "</script><img src=x onerror=document.title='owned'>",
@@ -363,19 +361,6 @@ def big_page(path, n=10_000):
     other = [replace(p, output=p.expected if i % 2 else p.output) for i, p in enumerate(rows)]
     records = [record(i, p.text, p.expected, p.label) for i, p in enumerate(rows)]
     return write_page(path, {"base": rows, "tuned": other}, records), records
-
-
-@pytest.fixture
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if BROWSER is None:
-        pytest.skip("no chromium or google-chrome on PATH")
-    with sync_api.sync_playwright() as p:
-        started = p.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
-        try:
-            yield started
-        finally:
-            started.close()
 
 
 def opened(browser, path, **options):

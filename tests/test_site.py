@@ -4,7 +4,6 @@ import functools
 import http.server
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -14,7 +13,6 @@ import pytest
 from conftest import ROOT
 
 SITE = ROOT / "_docs"
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SHOTS = os.environ.get("FTNB_SHOTS")  # a folder to keep pictures in
 FEW = ("index", "data", "decide", "endpoint", "contributing")
 PHONE, DESK = {"width": 360, "height": 740}, {"width": 1280, "height": 800}
@@ -42,19 +40,6 @@ def address(site):
     yield f"http://127.0.0.1:{server.server_port}/"
     server.shutdown()
     server.server_close()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if BROWSER is None:
-        pytest.skip("no chromium or google-chrome on PATH")
-    with sync_api.sync_playwright() as p:
-        started = p.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
-        try:
-            yield started
-        finally:
-            started.close()
 
 
 def opened(browser, address, name, size):
