@@ -28,7 +28,6 @@ from urllib.parse import urlsplit
 from scipy.stats import binom
 from scipy.stats import t as student
 
-from .decide import HOURS, Cost
 from .endpoint import Endpoint
 from .evaluate import Estimate, rate
 from .plan import InputError, write_text
@@ -300,6 +299,8 @@ def _per_thousand(
     hourly: float,  # dollars an hour for the machine
 ) -> float:
     "Dollars for 1,000 answers on a machine that is busy all day at this level."
+    from ftnb.decide import HOURS, Cost  # loads what trains models, which a look at a server does not need
+
     a_day = 24 * self.answers_per_hour
     if not a_day:
         return math.inf

@@ -285,7 +285,9 @@ def test_the_kept_runs_are_judged_as_reported(bench):
 
 def test_the_notebook_shows_the_reported_counts():
     cells = json.loads((ROOT / "nbs/04b_diagnose.ipynb").read_text(encoding="utf-8"))["cells"]
-    (text,) = ["".join(c["source"]) for c in cells if "".join(c["source"]).startswith("held_out = ")]
+    (text,) = [
+        s for c in cells if "\nheld_out = " in "\n" + (s := "".join(c["source"])) and c["cell_type"] == "code"
+    ]
     told = json.loads((ROOT / "docs/diagnose.json").read_text(encoding="utf-8"))
     assert ast.literal_eval(ast.parse(text).body[0].value) == told["held_out"]["counts"]
     prose = "".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
