@@ -94,7 +94,7 @@ def test_second_run_reuses_and_another_recipe_is_refused(tmp_path, model):
     assert second.stdout.count("reused") >= 5, second.stdout
     third = ftnb(*whole(data, model, out), "--learning-rate", "1e-4", cwd=tmp_path)
     assert third.returncode == 2 and "learning_rate" in third.stderr
-    fresh = ftnb(*options(data, model, out), "--learning-rate", "1e-4", "--fresh", cwd=tmp_path)
+    fresh = ftnb(*whole(data, model, out), "--learning-rate", "1e-4", "--fresh", cwd=tmp_path)
     assert fresh.returncode == 0, fresh.stderr
     assert "reused" not in fresh.stdout
 
