@@ -430,11 +430,20 @@ class Metrics:
     def __init__(self):
         self.values, self.seen = defaultdict(float), {}
 
-    def add(self, name: str, n: float = 1, **labels) -> None:  # one of `METRICS`
+    def add(
+        self,
+        name: str,  # one of `METRICS`
+        n: float = 1,  # by so many
+        **labels,  # of the counter
+    ) -> None:
         "Count up."
         self.values[name, _labels(**labels)] += n
 
-    def observe(self, name: str, value: float) -> None:  # one of `METRICS`
+    def observe(
+        self,
+        name: str,  # one of `METRICS`
+        value: float,  # seconds or tokens
+    ) -> None:
         "One more value of a histogram."
         edges = SECONDS if name.endswith("seconds") else LENGTHS
         counts, total = self.seen.setdefault(name, ([0] * (len(edges) + 1), [0.0]))
