@@ -23,7 +23,6 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -34,10 +33,6 @@ from .foreign import base_identity, inspect_gguf, refuse_foreign
 from .model import load_model, load_tokenizer, quiet, resolve
 from .package import UNSAID, About, model_card, modelfile, public_name, refuse_leaks, serve_notes
 from .plan import InputError, Recipe, atomic_dir, cache_dir, need_space, sha256
-
-# %% ../nbs/06_deploy.ipynb #847a610f
-if TYPE_CHECKING:  # a name for signatures: to load it loads trl and peft, which an export does not need
-    from ftnb.train import Run
 
 # %% ../nbs/06_deploy.ipynb #0c4de038
 def _contents(folder):
@@ -160,7 +155,7 @@ def _write_manifest(folder, kind, run, tokenizer, base, **more):
 
 # %% ../nbs/06_deploy.ipynb #1886f964
 def check_base(
-    run: "Run",  # a finished run
+    run,  # a finished run
 ) -> dict:  # model (without folders), revision, sha256
     "The run's base as it is found now; raises `InputError` when its weights are not those the run was trained on."
     recipe = run.recipe
@@ -194,7 +189,7 @@ def check_fits(
 
 # %% ../nbs/06_deploy.ipynb #a400f711
 def adapted(
-    run: "Run",  # a finished run
+    run,  # a finished run
     base=None,  # its base model, float32; None: loaded
 ):  # peft model in float32, or the plain model of a full fine-tuning
     "The run's model as it was scored; raises `InputError` when base and adapter do not fit."
@@ -227,7 +222,7 @@ def plain_base(
 
 
 def merge(
-    run: "Run",  # a finished run
+    run,  # a finished run
 ):  # plain transformers model, float32
     "The adapter added to its base, computed in float32; a 4-bit base is unpacked as it was trained on, not reloaded."
     recipe = run.recipe
@@ -665,7 +660,7 @@ def _write_texts(folder, kind, run, tokenizer, base, about):
 
 # %% ../nbs/06_deploy.ipynb #e14547b5
 def export(
-    run: "Run",  # a finished run
+    run,  # a finished run
     out: str | Path | None = None,  # folder that gets one folder a kind; None: exports/ in the run
     kinds: tuple[str, ...] = ("adapter", "merged", "gguf-q8_0", "gguf-q4_k_m"),  # of `KINDS`
     dtype: str = "bfloat16",  # bfloat16 | float32: what merged weights are stored as

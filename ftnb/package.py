@@ -16,17 +16,12 @@ from collections import Counter
 from dataclasses import dataclass
 from os.path import commonprefix
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .audit import languages
 from .evaluate import TITLES, Report
 from .format import CLOCK, stop_ids
 from .model import DEFAULT_MODEL
 from .plan import InputError, Recipe
-
-# %% ../nbs/05l_package.ipynb #897f62a8
-if TYPE_CHECKING:  # a name for signatures: to load it loads trl and peft, which an export does not need
-    from ftnb.train import Run
 
 # %% ../nbs/05l_package.ipynb #00caed14
 def _written(tokenizer, turns, answer_next=True):
@@ -409,7 +404,7 @@ def spoken_in(
 
 # %% ../nbs/05l_package.ipynb #d50a0b26
 def model_card(
-    run: "Run",  # a finished run
+    run,  # a finished run
     kind: str,  # of export
     base: dict,  # model, revision and sha256, as the manifest has them
     about: About = UNSAID,  # what the run cannot know
