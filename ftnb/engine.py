@@ -367,10 +367,10 @@ class _LlamaSlots:
         left = READ
         for answer in sorted(self.rows, key=lambda a: not a.ids):
             if answer.reason is None and left > 0:
-                whole, have = [*answer.ask.ids, *answer.ids], len(self.held[answer.slot])
-                new = whole[have : have + min(left, PIECE)]
+                prompt, have = answer.ask.ids, len(self.held[answer.slot])
+                new = [*prompt[have : have + min(left, PIECE)]] or answer.ids[-1:]  # all but the last is read
                 left -= len(new)
-                yield answer, (answer.slot, have, new, have + len(new) == len(whole))
+                yield answer, (answer.slot, have, new, have + len(new) >= len(prompt))
 
     def step(self):
         for answer in self.rows:
@@ -394,9 +394,9 @@ class _LlamaSlots:
 class _TorchSlots:
     "Answers side by side in transformers, as rows of one cache."
 
-    def __init__(self, engine, slots):
+    def __init__(self, engine):
         self.engine, self.rows, self.read = engine, [], stepper(engine.model)
-        self.held, self.pad = [None] * slots, engine.tokenizer.pad_token_id or 0
+        self.pad = engine.tokenizer.pad_token_id or 0
         self.reset()
 
     def reset(self):
@@ -492,7 +492,7 @@ def open_slots(
     "A batch of this engine that answers join and leave between two tokens."
     if not 1 <= slots <= 128:
         raise InputError(f"slots must be from 1 to 128, got {slots!r}")
-    return (_LlamaSlots if isinstance(engine, LlamaEngine) else _TorchSlots)(engine, slots)
+    return _LlamaSlots(engine, slots) if isinstance(engine, LlamaEngine) else _TorchSlots(engine)
 
 # %% ../nbs/06b_engine.ipynb #61633df4
 def load_for_generation(
