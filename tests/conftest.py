@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 ALONE = {"01d_scale", "03_model", "05b_sweep"}  # notebooks that assert how long something takes
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items):
     "A file stays on one worker, as its fixtures are dear; notebooks are dealt out one by one."
     for item in items:
