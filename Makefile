@@ -10,7 +10,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3.14 python3 p
   if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo $$p; break; fi; done)
 INSTALL_FLAGS ?=
 RUN_FLAGS ?=
-TEST_FLAGS ?= -n logical --maxprocesses 4 --dist loadgroup
+TEST_FLAGS ?= -n logical --maxprocesses 4 --dist loadscope
 
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false

@@ -22,15 +22,37 @@ sys.path.insert(0, str(Path(__file__).parent))
 ALONE = {"01d_scale", "03_model", "05b_sweep"}  # notebooks that assert how long something takes
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items):
-    "A file stays on one worker, as its fixtures are dear; notebooks are dealt out one by one."
     for item in items:
-        if "notebook" in getattr(item, "fixturenames", ()):
-            if item.callspec.params["notebook"].stem in ALONE:
-                item.add_marker("alone")
-        else:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        if "notebook" in getattr(item, "fixturenames", ()) and item.callspec.params["notebook"].stem in ALONE:
+            item.add_marker("alone")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    "A file stays on one worker, as its fixtures are dear (and the site is one folder); notebooks are dealt out one by one."
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return nodeid if file.endswith("test_notebooks.py") else file
+
+    # not xdist's own groups: its 3.8 loses them, silently, with pytest 9.2 (pytest-xdist issue 1386)
+    return ByFile(config, log) if config.getvalue("dist") == "loadscope" else None
+
+
+PLACES = {}  # file: the workers that ran a test of it
+
+
+def pytest_runtest_logreport(report):
+    if hasattr(report, "node") and "test_notebooks.py" not in report.nodeid:
+        PLACES.setdefault(report.nodeid.partition("::")[0], set()).add(report.node.gateway.id)
+
+
+def pytest_sessionfinish(session):
+    if any(len(workers) > 1 for workers in PLACES.values()):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @contextmanager
@@ -59,6 +81,9 @@ def pytest_runtest_protocol(item):
 
 
 def pytest_terminal_summary(terminalreporter):
+    for file, workers in PLACES.items():
+        if len(workers) > 1:
+            terminalreporter.write_line(f"{file} was not kept on one worker: {sorted(workers)}", red=True)
     took = {
         r.nodeid: r.duration
         for r in terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
