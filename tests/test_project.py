@@ -44,6 +44,7 @@ ORDER = [
     "ledger",
     "grounding",
     "package",
+    "canaries",
     "deploy",
     "engine",
     "certify",
