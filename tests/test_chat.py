@@ -247,7 +247,9 @@ def test_both_answer_at_once_and_as_the_engines_do(browser, run, engines):
         assert [s.strip() for s in seen] == [w.strip() for w in wanted] and wanted[0] != wanted[1]
         assert len(got) == 2
         facts = page.locator(".facts").all_inner_texts()
-        told = r"first token \d+ ms · (.* tokens/s · )?.*tokens · (cut|ended)"  # no rate where all came at once
+        told = (
+            r"first token \d+ ms · (.* tokens/s · )?.*tokens · (cut|ended)"  # no rate where all came at once
+        )
         assert all(re.search("cut|ended", f) for f in facts) and any(re.search(told, f) for f in facts), facts
         page.uncheck("#marks")
         assert page.locator("#columns mark").count() == 0

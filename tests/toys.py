@@ -3,8 +3,10 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -109,12 +111,73 @@ def write_format(kind: str, folder: Path) -> Path:
 COMMAND = "import sys; from ftnb.cli import main; sys.exit(main())"
 
 
-def begin(*args, cwd: Path, **env) -> subprocess.Popen:
-    "Start the command line in a process of its own, to be stopped on the way; its stderr is a pipe."
+class Forked:
+    "A command, ftnb's own or other code, forked from `forks.py`, with what a `Popen` has; it writes to files."
+
+    server = None  # of this test process
+
+    def __init__(self, args, cwd, env, code=COMMAND):
+        if Forked.server is None or Forked.server.poll() is not None:
+            Forked.server = subprocess.Popen(
+                [sys.executable, ROOT / "tests/forks.py"],
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                encoding="utf-8",
+            )
+        self.args, self.returncode = args, None
+        self.files = [tempfile.NamedTemporaryFile("r", encoding="utf-8", errors="replace") for _ in "oe"]
+        out, err = (file.name for file in self.files)
+        asked = {"code": code, "arguments": args, "folder": str(cwd), "env": env, "out": out, "err": err}
+        self.pid = self._ask(**asked)["pid"]
+        self.stderr = self.files[1]
+
+    @staticmethod
+    def _ask(**asked):
+        Forked.server.stdin.write(json.dumps(asked) + "\n")
+        Forked.server.stdin.flush()
+        answer = Forked.server.stdout.readline()
+        assert answer, "the process that forks the command line has ended"
+        return json.loads(answer)
+
+    def poll(self):
+        if self.returncode is None:
+            self.returncode = self._ask(poll=self.pid)["code"]
+        return self.returncode
+
+    def wait(self, timeout=None):
+        end = time.monotonic() + (timeout or 3600)
+        while self.poll() is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            time.sleep(0.01)
+        return self.returncode
+
+    def communicate(self, timeout=None):
+        self.wait(timeout)
+        return tuple(file.read() for file in self.files)
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+    def terminate(self):
+        self.send_signal(signal.SIGTERM)
+
+
+def begin(*args, cwd: Path, **env):
+    "Start the command line in a process of its own, to be stopped on the way; its stderr can be read."
+    every = {**os.environ, "PYTHONPATH": str(ROOT), **env}
+    if not env and hasattr(os, "fork"):
+        return Forked([*map(str, args)], cwd, every)
     return subprocess.Popen(
         [sys.executable, "-c", COMMAND, *map(str, args)],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+        env=every,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -132,16 +195,19 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen, seconds: f
     raise AssertionError(f"step {step} was not reached: {process.stderr.read()[-800:]}")
 
 
-def ftnb(*args, cwd: Path, timeout: float = 600, **env) -> subprocess.CompletedProcess:
-    "Run the command line in a process of its own."
-    return subprocess.run(
-        [sys.executable, "-c", COMMAND, *map(str, args)],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120", **env},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+def ftnb(*args, cwd: Path, timeout: float = 600, fresh: bool = False, **env) -> subprocess.CompletedProcess:
+    "Run the command line in a process of its own; fresh, or with other `env`: one that imports everything itself."
+    every = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120", **env}
+    if env or fresh or not hasattr(os, "fork"):
+        command = [sys.executable, "-c", COMMAND, *map(str, args)]
+        return subprocess.run(command, cwd=cwd, env=every, capture_output=True, text=True, timeout=timeout)
+    process = Forked([*map(str, args)], cwd, every)
+    try:
+        said = process.communicate(timeout)
+    except BaseException:
+        process.kill()
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, *said)
 
 
 def least_contrast(nodes: str) -> str:
