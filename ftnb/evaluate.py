@@ -73,7 +73,7 @@ def wilson(
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     centre = (hits + z * z / 2) / (n + z * z)
     half = z / (n + z * z) * math.sqrt(hits * (n - hits) / n + z * z / 4)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, centre - half) if hits else 0.0, min(1.0, centre + half) if hits < n else 1.0
 
 # %% ../nbs/05_evaluate.ipynb #9d9ac0de
 def group_sums(

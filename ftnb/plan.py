@@ -209,13 +209,13 @@ def progress(
     desc: str = "",  # what is being done
     total: int | None = None,  # how many there are, where `len` cannot say
 ):  # a tqdm bar, which yields the items of `iterable`
-    "Shows a bar in a terminal or in Jupyter; silent under `CI` or `IN_TEST`, or when stderr is no terminal."
+    "A bar in a terminal or in Jupyter after a second; none under `CI` or `IN_TEST`, or when stderr is no terminal."
     jupyter = "ipykernel" in sys.modules
     hidden = _flag("CI") or _flag("IN_TEST") or not (jupyter or sys.stderr.isatty())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tqdm.auto warns where ipywidgets is missing, then draws text
         from tqdm.auto import tqdm
-    return tqdm(iterable, desc=desc, total=total, disable=hidden)
+    return tqdm(iterable, desc=desc, total=total, disable=hidden, delay=1)
 
 
 def asset_wheel(

@@ -238,7 +238,7 @@ class Evidence(TrainerCallback):
         if self.state.is_main_process and not (os.environ.get("CI") or os.environ.get("IN_TEST")):
             self.bar.write(
                 f"  step {state.global_step}: validation loss {loss:.3f}, right {share:.1%} (n = {n})",
-                sys.stderr,
+                sys.stdout if "ipykernel" in sys.modules else sys.stderr,  # JupyterLab shows stderr on red
             )
 
     def _samples(self, step, answers, k=6):

@@ -285,8 +285,8 @@ def test_the_page_names_verdict_number_and_place(project):
     page = "".join(
         "".join(c["source"]) for c in json.loads((project / "nbs/claims.ipynb").read_text())["cells"]
     )
-    assert "74% (70% to 78%, n = 100) *toy.*" in page
-    assert "[03 memory: What LoRA saves](memory.html#what-lora-saves)" in page
+    assert "74% (70% to 78%, n = 100). *toy.*" in page
+    assert "[03 memory: What LoRA saves](03_memory.ipynb#what-lora-saves)" in page
     assert "| ◐ depends | 1 |" in page and "Takes: a large model asked the same rows" in page
 
 

@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
@@ -52,14 +53,9 @@ def free_port():
         return s.getsockname()[1]
 
 
-@pytest.fixture
-def lab(tmp_path):
-    "Address and folder of a JupyterLab that holds one notebook; ended with all its kernels."
-    root = tmp_path / "root"
-    root.mkdir()
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(NOTEBOOK.strip())])
-    nb.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
-    nbformat.write(nb, root / "review.ipynb")
+@contextmanager
+def served(tmp_path, root):
+    "A JupyterLab on a folder, as a person starts it: its port and its token; ended with all its kernels."
     port, token = free_port(), secrets.token_hex(16)
     own = {f"JUPYTER_{n}_DIR": str(tmp_path / n) for n in ("CONFIG", "DATA", "RUNTIME")}
     own |= {f"JUPYTERLAB_{n}_DIR": str(tmp_path / n) for n in ("SETTINGS", "WORKSPACES")}
@@ -70,14 +66,14 @@ def lab(tmp_path):
     log = open(tmp_path / "lab.log", "w")  # noqa: SIM115
     server = subprocess.Popen(
         [sys.executable, "-m", "jupyterlab", *flags.split(), f"--ServerApp.root_dir={root}"],
-        env={k: v for k, v in os.environ.items() if k not in ("IN_TEST", "CI")} | own,
+        env={k: v for k, v in os.environ.items() if k not in ("IN_TEST", "CI", "MPLBACKEND")} | own,
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
     try:
         wait_for(server, f"http://127.0.0.1:{port}/api/status?token={token}", tmp_path / "lab.log")
-        yield f"http://127.0.0.1:{port}/lab/tree/review.ipynb?token={token}", root
+        yield port, token
     finally:
         server.send_signal(signal.SIGTERM)  # ends the kernels too
         try:
@@ -86,6 +82,18 @@ def lab(tmp_path):
             os.killpg(server.pid, signal.SIGKILL)
             server.wait()
         log.close()
+
+
+@pytest.fixture
+def lab(tmp_path):
+    "Address and folder of a JupyterLab that holds one notebook."
+    root = tmp_path / "root"
+    root.mkdir()
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(NOTEBOOK.strip())])
+    nb.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
+    nbformat.write(nb, root / "review.ipynb")
+    with served(tmp_path, root) as (port, token):
+        yield f"http://127.0.0.1:{port}/lab/tree/review.ipynb?token={token}", root
 
 
 def wait_for(server, address, log):

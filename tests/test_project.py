@@ -219,6 +219,12 @@ def test_notebook_is_clean(notebook, tmp_path):
 
 
 @each_notebook
+def test_notebook_names_its_kernel(notebook):
+    found = json.loads(notebook.read_text("utf-8"))["metadata"].get("kernelspec", {})
+    assert found.get("name") == "python3", "JupyterLab would ask for a kernel before it runs a cell"
+
+
+@each_notebook
 def test_outputs_are_small_and_anonymous(notebook):
     cells = json.loads(notebook.read_text("utf-8"))["cells"]
     assert len(cells) <= 120

@@ -83,6 +83,8 @@ def test_the_site_needs_no_other_server(site):
 def test_functions_are_documented_with_their_parameters(site):
     text = re.sub(r"<[^>]+>", "", (site / "data.html").read_text("utf-8"))
     assert "characters at most" in text and "A text cut to a readable line" in text
+    text = re.sub(r"<[^>]+>", "", (site / "bench.html").read_text("utf-8"))
+    assert "# when its first text came; None: none came" in text, "fields of a data class"
     assert (site / "search.json").stat().st_size > 100_000
 
 

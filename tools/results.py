@@ -11,6 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 METRICS = ("frame_match", "intent_accuracy", "slot_f1", "json_validity")
+DRAWN = {"frame_match": "the whole answer is right", "intent_accuracy": "the intent is right"}
 NAMES = {
     "base": "base, instructions only",
     "few-shot": "base, instructions and examples",
@@ -24,9 +25,37 @@ def estimate(value) -> str:
     return f"{value.value:.1%} ({value.low:.0%} to {value.high:.0%})"
 
 
+def draw(reports: dict):
+    "The figure of the README: two questions, every system, intervals; readable at the width of a phone."
+    import matplotlib.pyplot as plt
+
+    from ftnb.evaluate import COLOURS
+
+    shown = [(m, name, r.metrics[m]) for m in DRAWN for name, r in reports.items() if m in r.metrics]
+    fig, axes = plt.subplots(
+        len(DRAWN),
+        figsize=(4.4, 1.95),
+        layout="constrained",
+        sharex=True,
+        height_ratios=[sum(m == one for one, *_ in shown) for m in DRAWN],
+    )
+    for ax, (metric, title) in zip(axes, DRAWN.items()):
+        bars = [(name, value) for one, name, value in shown if one == metric]
+        for y, (name, e) in enumerate(bars):
+            colour = COLOURS[list(reports).index(name)]
+            ax.barh(y, e.value, color=colour, height=0.72, alpha=0.75)
+            ax.plot([e.low, e.high], [y, y], color="black", linewidth=1)
+            ax.text(max(e.high, e.value) + 0.02, y, f"{e.value:.0%}", va="center", fontsize=8)
+        ax.set_yticks(range(len(bars)), [NAMES[name] for name, _ in bars], fontsize=8)
+        ax.set_title(title, fontsize=8, weight="bold", loc="left", pad=2)
+        ax.set(xlim=(0, 1.12), ylim=(len(bars) - 0.4, -0.6), xticks=[])
+        ax.spines[["top", "right", "bottom"]].set_visible(False)
+    return fig
+
+
 def main() -> int:
     "Exit code 2 when the run has no reports."
-    from ftnb.evaluate import TITLES, Report, compare, plot_comparison
+    from ftnb.evaluate import TITLES, Report, compare
     from ftnb.plan import write_bytes, write_text
     from ftnb.train import Run
 
@@ -69,15 +98,23 @@ def main() -> int:
         {k: a[k] for k in fields} | {"score": a["score"]["value"], "score_run": a["score_run"]["value"]}
         for a in found
     ]
-    table["caption"] = f"Share right for each system, with 95 % intervals, n = {n}"
+    table["alt"] = "; ".join(
+        f"{title}: "
+        + ", ".join(f"{NAMES[k]} {r.metrics[m].value:.0%}" for k, r in reports.items() if m in r.metrics)
+        for m, title in DRAWN.items()
+    )
+    table["caption"] = (
+        f"Share of {n} held-out messages, with 95 % intervals. A model of 135 million parameters, rounded to 4 bits, "
+        f"tuned in {m['seconds'] / 60:.0f} minutes on two CPU cores."
+    )
     write_text(ROOT / "docs" / "results.json", json.dumps(table, indent=1, ensure_ascii=False) + "\n")
-    figure = plot_comparison(list(reports.values()), metrics=METRICS)
+    figure = draw(reports)
     path = ROOT / "nbs" / "images" / "results.png"
     path.parent.mkdir(exist_ok=True)
     from io import BytesIO
 
     held = BytesIO()
-    figure.savefig(held, format="png", dpi=150, bbox_inches="tight")
+    figure.savefig(held, format="png", dpi=150)
     write_bytes(path, held.getvalue())
     print(f"wrote docs/results.json and {path.relative_to(ROOT)} from {run.recipe.name}")
     return 0

@@ -66,6 +66,15 @@ def page_name(notebook: str) -> str:
     return re.sub(r"^\d+[a-zA-Z0-9]*_", "", notebook.removesuffix(".ipynb"))
 
 
+def to_pages(text: str, notebooks: list[str]) -> str:
+    "Markdown with every link to a notebook turned into one to its page."
+
+    def page(m):
+        return f"]({page_name(m[1])}.html" if m[1] in notebooks else m[0]
+
+    return re.sub(r"\]\((?:\./)?(\w+\.ipynb)", page, text)
+
+
 def phase(notebook: str) -> str:
     "The section of the sidebar that a notebook stands in."
     number = int(match[0]) if (match := re.match(r"\d+", notebook)) else -1
@@ -94,6 +103,18 @@ def docstrings() -> dict[str, str]:
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.FunctionDef) and (text := ast.get_docstring(node)):
                 found.setdefault(node.name, text.splitlines()[0])
+    return found
+
+
+def fields() -> dict[tuple, str]:
+    "Name and own fields of a data class of ftnb -> its text, comments included."
+    found = {}
+    for path in sorted((ROOT / "ftnb").glob("*.py")):
+        text = path.read_text("utf-8")
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.ClassDef):
+                names = tuple(n.target.id for n in node.body if isinstance(n, ast.AnnAssign))
+                found[node.name, names] = "\n".join(text.splitlines()[node.lineno - 1 : node.end_lineno])
     return found
 
 
@@ -128,12 +149,17 @@ def contributing(cache: Path, repository: str) -> None:
 def process() -> Path:
     "Run nbdev's part and give every page the name that nbdev's own links use; the folder of processed notebooks."
     import yaml
+    from fastcore import docments
     from fastcore.nbio import read_nb, write_nb
     from nbdev.config import get_config
     from nbdev.quarto import nbdev_sidebar, refresh_quarto_yml
     from nbdev.serve import proc_nbs
 
     os.chdir(ROOT)
+    texts, theirs = fields(), docments.get_dataclass_source
+    docments.get_dataclass_source = lambda c: (  # nbdev runs a notebook's cells: their classes have no file
+        theirs(c) or texts.get((c.__name__, tuple(vars(c).get("__annotations__", ()))), "")
+    )
     refresh_quarto_yml()
     nbdev_sidebar.__wrapped__(force=True)
     cache = Path(proc_nbs(n_workers=0, force=True))
@@ -149,10 +175,11 @@ def process() -> Path:
         page = page_name(name)
         notebook = read_nb(cache / name)
         for cell in notebook.cells:
+            for output in cell.get("outputs", []):
+                if said_there := output.get("data", {}).get("text/markdown"):
+                    output["data"]["text/markdown"] = to_pages("".join(said_there), names)
             if cell.cell_type == "markdown":
-                cell.source = re.sub(
-                    r"\]\((?:\./)?(\d\d_\w+)\.ipynb", lambda m: f"]({page_name(m[1])}.html", cell.source
-                )
+                cell.source = to_pages(cell.source, names)
                 cell.source = cell.source.replace("](../CONTRIBUTING.md", "](contributing.html")
                 cell.source = re.sub(r"\]\(\.\./", f"]({repository}/blob/main/", cell.source)
         describe(notebook.cells, said)
