@@ -1018,7 +1018,7 @@ def train(
     model=None,  # a loaded model; None: `recipe.model`
     tokenizer=None,  # its tokenizer; None: loaded with `recipe.template`
     allow_leakage: bool = False,  # True: train although test rows stand in train
-    max_answers: int = 100,  # validation rows the model answers at each evaluation
+    max_answers: int = 100,  # validation rows answered at each evaluation, evenly from first to last
     callbacks: tuple = (),  # of the trainer; they come after `Evidence`, so they see what it measured
     force: bool = False,  # True: go on under other versions or threads than the run was begun with
 ) -> Run:  # the finished run, also on disk in `out`
@@ -1139,13 +1139,18 @@ def settled_base(
     return found
 
 
+def _spread(rows, n):  # a file sorted by class begins with one class
+    n = min(n, len(rows))
+    return [rows[k * len(rows) // n] for k in range(n)]
+
+
 def _train(recipe, splits, out, model, tokenizer, max_answers, callbacks, size):
     logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
     dtype, last = together(lambda: _ready(recipe, out, model), main=True)
     tokenizer, model = together(lambda: _loaded(recipe, dtype, tokenizer, model))
     done_steps = int(last.name.rsplit("-", 1)[1]) if last else 0
     history = [h for h in read_jsonl(out / "history.jsonl") if h["step"] <= done_steps]
-    evidence = Evidence(out, recipe, tokenizer, list(splits.val[:max_answers]), history)
+    evidence = Evidence(out, recipe, tokenizer, _spread(splits.val, max_answers), history)
     trainer = make_trainer(recipe, splits, out, model, tokenizer, [evidence, *callbacks], size)
     together(lambda: check_before(trainer, tokenizer, list(splits.train), recipe.system))
     golden = contract(tokenizer, splits.test, recipe.system)
