@@ -19,6 +19,7 @@ if WORKERS > 1:  # each worker, and what it starts, has its share of the cores
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(Path(__file__).parent))
+DEALT = ("test_notebooks.py", "test_workshops.py")  # files whose tests share nothing and take long
 ALONE = {"01d_scale", "03_model", "05b_sweep"}  # notebooks that assert how long something takes
 
 
@@ -36,7 +37,7 @@ def pytest_xdist_make_scheduler(config, log):
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             file = nodeid.partition("::")[0]
-            return nodeid if file.endswith("test_notebooks.py") else file
+            return nodeid if file.endswith(DEALT) else file
 
     # not xdist's own groups: its 3.8 loses them, silently, with pytest 9.2 (pytest-xdist issue 1386)
     return ByFile(config, log) if config.getvalue("dist") == "loadscope" else None
@@ -46,8 +47,9 @@ PLACES = {}  # file: the workers that ran a test of it
 
 
 def pytest_runtest_logreport(report):
-    if hasattr(report, "node") and "test_notebooks.py" not in report.nodeid:
-        PLACES.setdefault(report.nodeid.partition("::")[0], set()).add(report.node.gateway.id)
+    file = report.nodeid.partition("::")[0]
+    if hasattr(report, "node") and not file.endswith(DEALT):
+        PLACES.setdefault(file, set()).add(report.node.gateway.id)
 
 
 def pytest_sessionfinish(session):

@@ -54,13 +54,16 @@ ORDER = [
     "bench",
     "report",
     "cli",
+    "workshop",
 ]
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 NUMBERED = [p for p in NOTEBOOKS if re.match(r"0\d[a-z]?_", p.name)]
+WORKSHOPS = [p for p in NOTEBOOKS if re.match(r"1\d_", p.name)]
 MODULES = sorted(p.stem for p in (ROOT / "ftnb").glob("*.py") if not p.stem.startswith("_"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 each_notebook = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
 each_numbered = pytest.mark.parametrize("notebook", NUMBERED, ids=lambda p: p.stem)
+each_workshop = pytest.mark.parametrize("notebook", WORKSHOPS, ids=lambda p: p.stem)
 
 
 def run(*command, **kwargs):
@@ -285,6 +288,46 @@ def test_seven_parts_in_order(notebook):
     assert re.search(r"(?m)^\|.*\|.*\|", body[PARTS[1]]), "what was measured is a table"
     assert len(re.findall(r"(?m)^(?:\d+\.|[-*]) ", body[PARTS[2]])) >= 3, "three things to change"
     assert body[PARTS[3]].strip()
+
+
+TAUGHT = [*PARTS[:3], "What to take home"]
+
+
+@each_workshop
+def test_a_workshop_has_its_parts_and_its_exercises(notebook):
+    from ftnb.workshop import FIXED, read_workshop
+
+    assert set(FIXED) == set(TAUGHT)
+    text = flow(notebook)
+    pieces = re.split(r"(?m)^## (.+)$", text)
+    heads = [head.strip() for head in pieces[1::2]]
+    body = dict(zip(heads, pieces[2::2]))
+    assert [head for head in heads if head in TAUGHT] == TAUGHT, heads
+    assert heads[0] == TAUGHT[0] and heads[-1] == TAUGHT[-1]
+    assert 4 <= len(heads) - len(TAUGHT) <= 6, "four to six sections of its own"
+    assert "<imports>" in body[TAUGHT[0]], "imports follow the claims"
+    assert re.search(r"(?m)^\|.*\|.*\|", body[TAUGHT[1]]), "what was measured is a table"
+    assert len(re.findall(r"(?m)^(?:\d+\.|[-*]) ", body[TAUGHT[2]])) >= 3, "three things to change"
+    assert "redict" in body[TAUGHT[2]], "predict first"
+    workshop = read_workshop(notebook)  # refuses an exercise that no check follows
+    assert len(workshop.exercises) >= 5
+    assert sources(notebook, "markdown")[0].startswith("# Workshop: ")
+
+
+@each_workshop
+def test_a_workshop_exports_nothing_and_imports_what_is_public(notebook):
+    for source in sources(notebook, "code"):
+        assert not re.search(r"^#\| *(default_exp|export|exports|exporti)\b", source, re.M)
+        code = "\n".join(x for x in source.splitlines() if not x.startswith(("%", "!")))
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.Import):
+                tops = {a.name.split(".")[0] for a in node.names}
+                assert "ftnb" not in tops, "from ftnb.x import name"
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "ftnb":
+                public_names = importlib.import_module(node.module).__all__
+                hidden = [a.name for a in node.names if a.name not in public_names]
+                assert not hidden, f"{node.module} does not export {hidden}"
+                assert node.module.partition(".")[2] in ORDER
 
 
 @each_notebook

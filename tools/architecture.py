@@ -89,7 +89,7 @@ def rows(edges: dict[str, list[str]], number: dict[str, str]) -> list[list[str]]
         if key[1] == 0:
             made += [[m] for m in row]
             continue
-        parts = -(-len(row) // ROW)
+        parts = -(-len(row) // (ROW - 1))  # the rest of the width is for lanes
         made += [row[i::parts] for i in range(parts)]
     return made
 

@@ -33,7 +33,7 @@ PHASES = (
     (5, "Evaluate and decide"),
     (6, "Deploy"),
     (7, "Command line"),
-    (10, "Workshops"),
+    (8, "Workshops"),
 )
 SKIP = '<a class="skip-link" href="#quarto-document-content">Skip to the text</a>'
 NAMED = (  # what the renderers leave without a name, or give the wrong role
@@ -181,6 +181,12 @@ def process() -> Path:
             if cell.cell_type == "markdown":
                 cell.source = to_pages(cell.source, names)
                 cell.source = cell.source.replace("](../CONTRIBUTING.md", "](contributing.html")
+                cell.source = re.sub(
+                    r"\A<!-- teacher: (\d+) minutes -->\s*\n(.*)\Z",
+                    r"<details><summary>For the teacher, \1 minutes</summary>\n\n\2\n\n</details>",
+                    cell.source,
+                    flags=re.S,
+                )
                 cell.source = re.sub(r"\]\(\.\./", f"]({repository}/blob/main/", cell.source)
         describe(notebook.cells, said)
         (cache / name).unlink()
