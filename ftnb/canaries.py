@@ -207,7 +207,7 @@ def plot_exposures(
     fig, ax = plt.subplots(figsize=(4, 2.6), dpi=100, layout="constrained")
     top = math.log2(len(CODES))
     ax.axhspan(math.log2(1 / 0.95), math.log2(1 / 0.05), color="#ddd", lw=0)
-    ax.text(len(groups) - 0.5, 0.3, "chance", ha="right", fontsize=7, color="#444")
+    ax.text(len(groups) // 2, 0.3, "chance", ha="center", fontsize=7, color="#444")
     rng = random.Random(0)
     for e in found:
         at = groups[e.canary.side, e.canary.repeats] + rng.uniform(-0.22, 0.22)

@@ -10,7 +10,7 @@ from ftnb.workshop import MINUTES, read_workshop
 from toys import Forked
 
 WORKSHOPS = sorted((ROOT / "nbs").glob("1[0-9]_*.ipynb"))
-LONG = ("12", "13")  # two minutes or more of one core, at the smallest size
+LONG = ("10", "12", "13")  # two minutes or more of one core each, at the smallest size
 each_workshop = pytest.mark.parametrize("notebook", WORKSHOPS, ids=lambda p: p.stem)
 each_run = pytest.mark.parametrize(
     "notebook",
