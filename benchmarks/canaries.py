@@ -8,22 +8,19 @@ learning rate, one at five times it. About 40 CPU minutes, in parts that are kep
 rank, from which `ftnb.canaries.leaks` makes the table. DIR holds banking77/train.jsonl.
 """
 
-import argparse
 import json
 import logging
-import sys
 import time
 import warnings
 from functools import partial
-from pathlib import Path
 
-from parts import gathered
+from parts import gathered, parser, placed
 
 from ftnb.canaries import canaries, exposures, leaks, plant, read_exposures, save_exposures
 from ftnb.data import Splits, load
 from ftnb.model import load_model, load_tokenizer
-from ftnb.plan import Recipe, cache_dir, write_text
-from ftnb.train import load_run, train
+from ftnb.plan import Recipe, write_text
+from ftnb.train import load_run, spread, train
 
 warnings.simplefilter("ignore", FutureWarning)
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -49,8 +46,7 @@ def planted(quick):
 def splits(args):
     birds, records = planted(args.quick), load(args.data / "banking77/train.jsonl").records
     n, held = (160 if args.quick else 2000) - sum(c.repeats for c in birds), 40
-    # evenly over the file, which is sorted by label
-    drawn = [records[k * len(records) // (n + held)] for k in range(n + held)]
+    drawn = spread(records, n + held)  # the file is sorted by label
     val = drawn[:: (n + held) // held][:held]
     kept = {r.id for r in val}
     return Splits(plant([r for r in drawn if r.id not in kept][:n], birds), val, val)
@@ -102,17 +98,8 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with banking77/")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--work", type=Path, help="folder for finished parts")
-    parser.add_argument("--budget", type=float, help="seconds after which no part is begun")
-    parser.add_argument(
+    told = parser(__doc__, "banking77/", "two minutes")
+    told.add_argument(
         "--rates", type=float, nargs="+", default=RATES, help="learning rates, one training each"
     )
-    parser.add_argument("--quick", action="store_true", help="few rows of everything, in two minutes")
-    options = parser.parse_args()
-    if not (options.data / "banking77/train.jsonl").is_file():
-        sys.exit(f"no banking77/train.jsonl in {options.data}")
-    options.work = options.work or cache_dir() / ("canaries-quick" if options.quick else "canaries")
-    main(options)
+    main(placed(told.parse_args(), "canaries", "banking77/train.jsonl"))

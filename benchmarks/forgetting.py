@@ -8,17 +8,14 @@ row, from which `ftnb.forgetting.read_cures` makes intervals and the figure. DIR
 asked, and general_instructions/seed_tasks.jsonl, which is mixed in.
 """
 
-import argparse
 import json
 import logging
-import sys
 import time
 import warnings
 from functools import partial
-from pathlib import Path
 
 import torch
-from parts import gathered
+from parts import gathered, parser, placed
 
 from ftnb.cli import STORE
 from ftnb.data import Splits, dedupe, group_near, split, store_records
@@ -34,7 +31,7 @@ from ftnb.forgetting import (
 )
 from ftnb.format import same_answer
 from ftnb.model import load_model, load_tokenizer
-from ftnb.plan import Recipe, cache_dir, write_text
+from ftnb.plan import Recipe, write_text
 from ftnb.sweep import subset
 from ftnb.train import load_run, train
 
@@ -141,20 +138,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--data",
-        type=Path,
-        default=Path("../shared/data"),
-        help="folder with arc_easy/ and general_instructions/",
-    )
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--work", type=Path, help="folder for finished parts")
-    parser.add_argument("--budget", type=float, help="seconds after which no part is begun")
-    parser.add_argument("--quick", action="store_true", help="few rows of everything, in a few minutes")
-    options = parser.parse_args()
-    wanted = ("arc_easy/test.jsonl", "general_instructions/seed_tasks.jsonl")
-    if missing := [name for name in wanted if not (options.data / name).is_file()]:
-        sys.exit(f"no {', '.join(missing)} in {options.data}")
-    options.work = options.work or cache_dir() / ("forgetting-quick" if options.quick else "forgetting")
-    main(options)
+    options = parser(__doc__, "arc_easy/ and general_instructions/", "a few minutes").parse_args()
+    main(placed(options, "forgetting", "arc_easy/test.jsonl", "general_instructions/seed_tasks.jsonl"))

@@ -8,21 +8,18 @@ test question, from which `ftnb.grounding.read_grounding` makes numbers, interva
 pubmedqa/train.jsonl and pubmedqa/test.jsonl, and arc_easy/test.jsonl, which is asked before and after. Needs bm25s.
 """
 
-import argparse
 import json
 import logging
 import random
 import re
-import sys
 import time
 import warnings
 from collections import Counter
 from functools import cache, partial
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
-from parts import gathered
+from parts import gathered, parser, placed
 
 from ftnb.data import Record, Splits
 from ftnb.evaluate import Prediction
@@ -38,7 +35,7 @@ from ftnb.grounding import (
 )
 from ftnb.metrics import values_in
 from ftnb.model import load_model, load_tokenizer
-from ftnb.plan import Recipe, cache_dir, write_text
+from ftnb.plan import Recipe, write_text
 from ftnb.train import load_run, train
 
 warnings.simplefilter("ignore", FutureWarning)
@@ -297,17 +294,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--data", type=Path, default=Path("../shared/data"), help="folder with pubmedqa/ and arc_easy/"
-    )
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--work", type=Path, help="folder for finished parts")
-    parser.add_argument("--budget", type=float, help="seconds after which no part is begun")
-    parser.add_argument("--quick", action="store_true", help="few rows of everything, in a few minutes")
-    options = parser.parse_args()
-    wanted = ("pubmedqa/train.jsonl", "pubmedqa/test.jsonl", "arc_easy/test.jsonl")
-    if missing := [name for name in wanted if not (options.data / name).is_file()]:
-        sys.exit(f"no {', '.join(missing)} in {options.data}")
-    options.work = options.work or cache_dir() / ("grounding-quick" if options.quick else "grounding")
-    main(options)
+    options = parser(__doc__, "pubmedqa/ and arc_easy/", "a few minutes").parse_args()
+    main(placed(options, "grounding", "pubmedqa/train.jsonl", "pubmedqa/test.jsonl", "arc_easy/test.jsonl"))

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from parts import gathered
+from parts import gathered, parser, placed
 
 from ftnb.cli import STORE
 from ftnb.data import dedupe, group_near, split, store_records
@@ -30,7 +30,7 @@ from ftnb.forgetting import answered, likelihoods, read_questions
 from ftnb.format import same_answer
 from ftnb.memory import measure, memory
 from ftnb.model import count_params, load_model, load_tokenizer, lora_config, quiet
-from ftnb.plan import Recipe, cache_dir, write_text
+from ftnb.plan import Recipe, write_text
 from ftnb.train import labelled_loss, load_run, train
 
 warnings.simplefilter("ignore", FutureWarning)
@@ -307,19 +307,11 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with arc_easy/")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--work", type=Path, help="folder for finished parts")
-    parser.add_argument("--budget", type=float, help="seconds after which no part is begun")
-    parser.add_argument("--quick", action="store_true", help="few rows of everything, in about a minute")
-    parser.add_argument("--case", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    told = parser(__doc__, "arc_easy/", "about a minute")
+    told.add_argument("--case", help=argparse.SUPPRESS)
+    options = told.parse_args()
     if options.case:
         method, rows, tokens = options.case.split(":")
         print(json.dumps(one_case(method, int(rows), int(tokens))))
-    elif not (options.data / "arc_easy/test.jsonl").is_file():
-        sys.exit(f"no arc_easy/test.jsonl in {options.data}")
     else:
-        options.work = options.work or cache_dir() / ("methods-quick" if options.quick else "methods")
-        main(options)
+        main(placed(options, "methods", "arc_easy/test.jsonl"))

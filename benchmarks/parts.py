@@ -1,12 +1,40 @@
 """A benchmark in parts that are kept, so that one which was stopped goes on where it was."""
 
+import argparse
 import json
 import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from ftnb.plan import write_text
+from ftnb.plan import cache_dir, write_text
+
+
+def parser(
+    doc: str,  # of the benchmark; its first line is shown
+    folders: str,  # that --data holds
+    quick: str,  # how long --quick takes
+) -> argparse.ArgumentParser:  # with the options that such benchmarks share
+    "Where the data are, where results and finished parts go, and how much is done."
+    made = argparse.ArgumentParser(description=doc.split("\n")[0])
+    made.add_argument("--data", type=Path, default=Path("../shared/data"), help=f"folder with {folders}")
+    made.add_argument("--out", type=Path, help="JSON file to write")
+    made.add_argument("--work", type=Path, help="folder for finished parts")
+    made.add_argument("--budget", type=float, help="seconds after which no part is begun")
+    made.add_argument("--quick", action="store_true", help=f"few rows of everything, in {quick}")
+    return made
+
+
+def placed(
+    options: argparse.Namespace,  # of `parser`
+    name: str,  # of the benchmark, and of its folder in the cache
+    *wanted: str,  # files that --data must hold
+) -> argparse.Namespace:  # the same, with a folder for parts
+    "Options with their folder; ends the program where a file is missing."
+    if missing := [file for file in wanted if not (options.data / file).is_file()]:
+        sys.exit(f"no {', '.join(missing)} in {options.data}")
+    options.work = options.work or cache_dir() / (f"{name}-quick" if options.quick else name)
+    return options
 
 
 def gathered(

@@ -9,7 +9,8 @@ __all__ = ['SHARED', 'LONG', 'END_TO_END', 'sft_config', 'choice', 'Evidence', '
            'stop_on_interrupt', 'peak_memory', 'open_run', 'everyone', 'together', 'rows_at_once', 'in_bfloat16',
            'uncast', 'EpochSampler', 'plain_head', 'labelled_loss', 'Shared', 'share', 'shared_attention', 'can_share',
            'shared_loss', 'Trainer', 'FiniteGradients', 'trackers', 'without_padding', 'make_trainer', 'shorten',
-           'train', 'out_of_memory', 'smaller_batch', 'settled_dtype', 'settled_base', 'plot_curves', 'load_run']
+           'train', 'out_of_memory', 'smaller_batch', 'spread', 'settled_dtype', 'settled_base', 'plot_curves',
+           'load_run']
 
 # %% ../nbs/04_train.ipynb #eb153d7e
 import logging
@@ -1109,6 +1110,15 @@ def _within_memory(recipe, splits, out, model, tokenizer, max_answers, callbacks
             file=sys.stderr,
         )
 
+# %% ../nbs/04_train.ipynb #8b4afbf6
+def spread(
+    rows: list,  # in any order; a file sorted by class begins with one class
+    n: int,  # rows wanted, 0..
+) -> list:  # n of them, or all where there are fewer
+    "Rows taken evenly from the first to the last."
+    n = min(n, len(rows))
+    return [rows[k * len(rows) // n] for k in range(n)]
+
 # %% ../nbs/04_train.ipynb #38fa8962
 def settled_dtype(
     recipe: Recipe,  # its dtype may be auto
@@ -1139,18 +1149,13 @@ def settled_base(
     return found
 
 
-def _spread(rows, n):  # a file sorted by class begins with one class
-    n = min(n, len(rows))
-    return [rows[k * len(rows) // n] for k in range(n)]
-
-
 def _train(recipe, splits, out, model, tokenizer, max_answers, callbacks, size):
     logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
     dtype, last = together(lambda: _ready(recipe, out, model), main=True)
     tokenizer, model = together(lambda: _loaded(recipe, dtype, tokenizer, model))
     done_steps = int(last.name.rsplit("-", 1)[1]) if last else 0
     history = [h for h in read_jsonl(out / "history.jsonl") if h["step"] <= done_steps]
-    evidence = Evidence(out, recipe, tokenizer, _spread(splits.val, max_answers), history)
+    evidence = Evidence(out, recipe, tokenizer, spread(splits.val, max_answers), history)
     trainer = make_trainer(recipe, splits, out, model, tokenizer, [evidence, *callbacks], size)
     together(lambda: check_before(trainer, tokenizer, list(splits.train), recipe.system))
     golden = contract(tokenizer, splits.test, recipe.system)

@@ -180,6 +180,12 @@ class Workshop:
         "Of all sections, in order."
         return tuple(e for s in self.sections for e in s.exercises)
 
+    @property
+    def runs(self) -> tuple[int, ...]:
+        "Cells that run in class, counted from 0: code that is marked neither slow nor gpu."
+        code = (n for n, c in enumerate(self.cells) if c["cell_type"] == "code")
+        return tuple(n for n in code if not _waits(self.cells[n]["source"]))
+
 
 def _place(name, n):
     return f"{name}.ipynb, cell {n + 1}"

@@ -19,6 +19,7 @@ if WORKERS > 1:  # each worker, and what it starts, has its share of the cores
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(Path(__file__).parent))
+WORKSHOPS = sorted((ROOT / "nbs").glob("1[0-9]_*.ipynb"))
 DEALT = ("test_notebooks.py", "test_workshops.py")  # files whose tests share nothing and take long
 ALONE = {"01d_scale", "03_model", "05b_sweep"}  # notebooks that assert how long something takes
 
@@ -52,8 +53,12 @@ def pytest_runtest_logreport(report):
         PLACES.setdefault(file, set()).add(report.node.gateway.id)
 
 
+def scattered():
+    return {file: sorted(workers) for file, workers in PLACES.items() if len(workers) > 1}
+
+
 def pytest_sessionfinish(session):
-    if any(len(workers) > 1 for workers in PLACES.values()):
+    if scattered():
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
@@ -83,9 +88,8 @@ def pytest_runtest_protocol(item):
 
 
 def pytest_terminal_summary(terminalreporter):
-    for file, workers in PLACES.items():
-        if len(workers) > 1:
-            terminalreporter.write_line(f"{file} was not kept on one worker: {sorted(workers)}", red=True)
+    for file, workers in scattered().items():
+        terminalreporter.write_line(f"{file} was not kept on one worker: {workers}", red=True)
     took = {
         r.nodeid: r.duration
         for r in terminalreporter.getreports("passed") + terminalreporter.getreports("failed")

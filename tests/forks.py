@@ -6,17 +6,12 @@ import gc
 import importlib
 import json
 import os
-import signal
 import sys
 import traceback
 
 
 def run(code, arguments, folder, env, out, err):
     "What `python -c code arguments` does, in a fresh fork; never returns."
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE, signal.SIGCHLD):
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as Python starts
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(env)

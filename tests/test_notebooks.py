@@ -5,10 +5,10 @@ import os
 import pytest
 from nbdev.test import test_nb as run_nb
 
-from conftest import ROOT
+from conftest import ROOT, WORKSHOPS
 from toys import Forked
 
-NOTEBOOKS = [p for p in sorted((ROOT / "nbs").glob("*.ipynb")) if not ("10" <= p.stem[:2] <= "19")]
+NOTEBOOKS = [p for p in sorted((ROOT / "nbs").glob("*.ipynb")) if p not in WORKSHOPS]
 RUN = "import sys; from nbdev.test import test_nb; sys.exit(not test_nb(sys.argv[1], skip_flags=['slow', 'gpu'], cell_timeout=900)[0])"
 
 
@@ -18,7 +18,6 @@ def test_notebook(notebook):
         worked, _ = run_nb(notebook, skip_flags=["slow", "gpu"], cell_timeout=900)
         assert worked, f"{notebook.name} failed; the cell and its traceback stand above"
         return
-    env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    process = Forked([str(notebook)], notebook.parent, env, RUN)  # what a server leaves running goes with it
+    process = Forked(notebook, cwd=notebook.parent, code=RUN)  # what a server leaves running goes with it
     out, err = process.communicate(timeout=1200)
     assert process.returncode == 0, f"{notebook.name} failed:\n{out[-4000:]}{err[-2000:]}"

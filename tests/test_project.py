@@ -16,7 +16,7 @@ import pytest
 from fastcore.docments import docments
 from packaging.requirements import Requirement
 
-from conftest import ROOT
+from conftest import ROOT, WORKSHOPS
 
 ORDER = [
     "plan",
@@ -58,7 +58,6 @@ ORDER = [
 ]
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 NUMBERED = [p for p in NOTEBOOKS if re.match(r"0\d[a-z]?_", p.name)]
-WORKSHOPS = [p for p in NOTEBOOKS if re.match(r"1\d_", p.name)]
 MODULES = sorted(p.stem for p in (ROOT / "ftnb").glob("*.py") if not p.stem.startswith("_"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 each_notebook = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)

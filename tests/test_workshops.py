@@ -5,11 +5,10 @@ import os
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, WORKSHOPS
 from ftnb.workshop import MINUTES, read_workshop
 from toys import Forked
 
-WORKSHOPS = sorted((ROOT / "nbs").glob("1[0-9]_*.ipynb"))
 LONG = ("10", "12", "13")  # two minutes or more of one core each, at the smallest size
 each_workshop = pytest.mark.parametrize("notebook", WORKSHOPS, ids=lambda p: p.stem)
 each_run = pytest.mark.parametrize(
@@ -39,20 +38,20 @@ def run(n, source):
 
 
 asked = {e.cell: e for e in workshop.exercises}
-for n, cell in enumerate(workshop.cells):
-    if cell["cell_type"] == "code" and not any(f"#| {flag}" in cell["source"] for flag in ("slow", "gpu")):
-        said = run(n, cell["source"])
-        if n - 1 not in asked:
-            continue
-        exercise = asked[n - 1]
-        told["right"].append((exercise.name, said))
-        lines = exercise.asked.splitlines()
-        names = [x.split(" = ...")[0] for x in lines if x.endswith(" = ...  # your answer") and x[0] != " "]
-        for odd in ODD if names else ():
-            run(n, "; ".join(f"{name} = {odd}" for name in names))
-            told["odd"].append((exercise.name, run(n, cell["source"])))
-        run(n - 1, exercise.asked)  # from here on as it is for a learner who leaves the exercise out
-        told["open"].append((exercise.name, run(n, cell["source"])))
+for n in workshop.runs:
+    source = workshop.cells[n]["source"]
+    said = run(n, source)
+    if n - 1 not in asked:
+        continue
+    exercise = asked[n - 1]
+    told["right"].append((exercise.name, said))
+    lines = exercise.asked.splitlines()
+    names = [x.split(" = ...")[0] for x in lines if x.endswith(" = ...  # your answer") and x[0] != " "]
+    for odd in ODD if names else ():
+        run(n, "; ".join(f"{name} = {odd}" for name in names))
+        told["odd"].append((exercise.name, run(n, source)))
+    run(n - 1, exercise.asked)  # from here on as it is for a learner who leaves the exercise out
+    told["open"].append((exercise.name, run(n, source)))
 print("\\n" + json.dumps(told))
 """
 
@@ -64,9 +63,7 @@ def test_there_are_workshops():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 @each_run
 def test_notebook(notebook):
-    env = {k: v for k, v in os.environ.items() if k != "IN_TEST"} | {"FTNB_ROWS": ROWS, "IN_TEST": "1"}
-    env["PYTHONPATH"] = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    process = Forked([str(notebook)], notebook.parent, env, RUN)
+    process = Forked(notebook, cwd=notebook.parent, code=RUN, FTNB_ROWS=ROWS, IN_TEST="1")
     out, err = process.communicate(timeout=1200)
     assert process.returncode == 0, f"{notebook.name}:\n{out[-2000:]}{err[-6000:]}"
     told = json.loads(out.splitlines()[-1])

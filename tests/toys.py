@@ -111,26 +111,31 @@ def write_format(kind: str, folder: Path) -> Path:
 COMMAND = "import sys; from ftnb.cli import main; sys.exit(main())"
 
 
+def surroundings(**env) -> dict:
+    "The variables of a process of its own, which finds this ftnb."
+    return {**os.environ, "PYTHONPATH": str(ROOT), **env}
+
+
 class Forked:
     "A command, ftnb's own or other code, forked from `forks.py`, with what a `Popen` has; it writes to files."
 
     server = None  # of this test process
 
-    def __init__(self, args, cwd, env, code=COMMAND):
+    def __init__(self, *args, cwd, code=COMMAND, **env):
         if Forked.server is None or Forked.server.poll() is not None:
             Forked.server = subprocess.Popen(
                 [sys.executable, ROOT / "tests/forks.py"],
-                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                env=surroundings(),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
                 encoding="utf-8",
             )
-        self.args, self.returncode = args, None
+        self.args, self.returncode = [*map(str, args)], None
         self.files = [tempfile.NamedTemporaryFile("r", encoding="utf-8", errors="replace") for _ in "oe"]
         out, err = (file.name for file in self.files)
-        asked = {"code": code, "arguments": args, "folder": str(cwd), "env": env, "out": out, "err": err}
-        self.pid = self._ask(**asked)["pid"]
+        asked = {"code": code, "arguments": self.args, "folder": str(cwd), "env": surroundings(**env)}
+        self.pid = self._ask(**asked, out=out, err=err)["pid"]
         self.stderr = self.files[1]
 
     @staticmethod
@@ -171,13 +176,12 @@ class Forked:
 
 def begin(*args, cwd: Path, **env):
     "Start the command line in a process of its own, to be stopped on the way; its stderr can be read."
-    every = {**os.environ, "PYTHONPATH": str(ROOT), **env}
     if not env and hasattr(os, "fork"):
-        return Forked([*map(str, args)], cwd, every)
+        return Forked(*args, cwd=cwd)
     return subprocess.Popen(
         [sys.executable, "-c", COMMAND, *map(str, args)],
         cwd=cwd,
-        env=every,
+        env=surroundings(**env),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -195,13 +199,14 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen, seconds: f
     raise AssertionError(f"step {step} was not reached: {process.stderr.read()[-800:]}")
 
 
-def ftnb(*args, cwd: Path, timeout: float = 600, fresh: bool = False, **env) -> subprocess.CompletedProcess:
-    "Run the command line in a process of its own; fresh, or with other `env`: one that imports everything itself."
-    every = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120", **env}
-    if env or fresh or not hasattr(os, "fork"):
+def ftnb(*args, cwd: Path, timeout: float = 600, **env) -> subprocess.CompletedProcess:
+    "Run the command line in a process of its own; with other `env`, one that imports everything itself."
+    wide = {"COLUMNS": "120"}
+    if env or not hasattr(os, "fork"):
         command = [sys.executable, "-c", COMMAND, *map(str, args)]
+        every = surroundings(**wide | env)
         return subprocess.run(command, cwd=cwd, env=every, capture_output=True, text=True, timeout=timeout)
-    process = Forked([*map(str, args)], cwd, every)
+    process = Forked(*args, cwd=cwd, **wide)
     try:
         said = process.communicate(timeout)
     except BaseException:

@@ -145,12 +145,10 @@ def run(notebook: Path) -> dict:
     workshop, shell = read_workshop(notebook), CaptureShell(notebook.parent)
     sections = [{"title": s.title, "wall": 0.0, "cpu": 0.0} for s in workshop.sections]
     begin, used, slow = time.monotonic(), spent(), []
-    for n, cell in enumerate(workshop.cells):
+    for n in workshop.runs:
         where = next((i for i, s in enumerate(workshop.sections) if n in s.cells), None)
-        if cell["cell_type"] != "code" or "#| slow" in cell["source"] or "#| gpu" in cell["source"]:
-            continue
-        wall, cpu = time.monotonic(), spent()
-        shell.run(cell["source"])
+        source, wall, cpu = workshop.cells[n]["source"], time.monotonic(), spent()
+        shell.run(source)
         if shell.exc:
             raise InputError(f"{notebook.name}, cell {n + 1}: {type(shell.exc).__name__}: {shell.exc}")
         took = {"wall": round(time.monotonic() - wall, 2), "cpu": round(spent() - cpu, 2)}
@@ -158,7 +156,7 @@ def run(notebook: Path) -> dict:
             for key, seconds in took.items():
                 sections[where][key] = round(sections[where][key] + seconds, 2)
         if took["wall"] > SLOW:
-            lines = [x for x in cell["source"].splitlines() if x.strip() and not x.startswith("#")]
+            lines = [x for x in source.splitlines() if x.strip() and not x.startswith("#")]
             title = workshop.sections[where].title if where is not None else ""
             slow.append({"section": title, "first": lines[0][:80] if lines else "", **took})
     total = {"wall": round(time.monotonic() - begin, 1), "cpu": round(spent() - used, 1)}
