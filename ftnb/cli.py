@@ -34,6 +34,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import asdict, astuple, dataclass, fields, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -1479,27 +1480,41 @@ def size(
 
 # %% ../nbs/07_cli.ipynb #6de88d15
 def check_endpoint(
-    url: str,  # of the server, such as http://127.0.0.1:8000
+    url: str,  # of the server, such as http://127.0.0.1:8000; llama-server or vllm starts that program on an export
     run: str,  # folder of the run that it should answer like
     model: str = "",  # name to ask for; without it the first that the server lists
     key: str = "",  # API key; $FTNB_API_KEY where it is not given
     rows: int = 100,  # test rows whose prompts are compared; odd messages come on top
     asks: int = 8,  # prompts that are answered, to see whether answers end; 0 = none
+    kind: str = "",  # export to start the program on; without it gguf-q8_0 for llama-server, merged for vllm
 ) -> int:  # exit code: 0 equal, 2 differs
     "Replay the run's prompts against a server, and name the first token that differs from training."
     folder = finished(run)
+    from ftnb.deploy import Artifact
     from ftnb.endpoint import check_endpoint as check
-    from ftnb.endpoint import golden_prompts
+    from ftnb.endpoint import OTHERS, golden_prompts, other_server
     from ftnb.model import load_tokenizer
     from ftnb.train import Run
 
+    program = url if Path(url).stem in OTHERS else ""
+    if kind and not program:
+        raise InputError(
+            "--kind is of the export that a program is started on: give llama-server or vllm, not an address"
+        )
     done = Run.load(folder)
     tokenizer = load_tokenizer(done.adapter_dir)
     golden = golden_prompts(tokenizer, list(done.splits.test), done.recipe.system, rows)
     known = _own_answers(folder)
     answers = dict([(g["id"], known[g["id"]]) for g in golden if g["id"] in known][:asks])
     limit = done.recipe.max_new_tokens
-    found = check(url, tokenizer, golden, answers, model, key or os.environ.get("FTNB_API_KEY", ""), limit)
+    asked = [golden, answers, model, key or os.environ.get("FTNB_API_KEY", ""), limit]
+    with ExitStack() as stack:
+        if program:
+            _, export = _export_of(str(folder), kind or OTHERS[Path(program).stem])
+            say(f"starting     {program} on {export}")
+            url = stack.enter_context(other_server(export, program))
+            asked[2] = model or Artifact.load(export).name  # the first that vLLM lists may be the base
+        found = check(url, tokenizer, *asked)
     say(f"{'equal' if found.ok else 'differs':13}{found}", None if found.ok else "yellow")
     for d in found.drifts[:5]:
         say(f"             {d.id}, token {d.position}: {d.wanted!r} in training, {d.got!r} there; {d.cause}")

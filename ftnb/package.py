@@ -299,8 +299,12 @@ def serve_notes(
         parts += ["Its makers no longer develop it. This is for machines that already run it."]
     parts += _gguf_notes(recipe, kind, base, ollama) if kind.startswith("gguf") else []
     asks = "Then see whether the prompts are those of training: `ftnb check-endpoint URL RUN`."
-    untried = "Not run when this was written: vLLM, TGI, llama-server and Ollama."
-    return "\n\n".join(filter(None, [*parts, "## Check it", asks, untried])) + "\n"
+    forged = (
+        "llama-server and vLLM ran when this was written: prompts as in training, but text in a message that spells "
+        "a control token becomes the token. Take such text out before it reaches them; `ftnb serve` needs no such step. "
+        "TGI and Ollama were not run."
+    )
+    return "\n\n".join(filter(None, [*parts, "## Check it", asks, forged])) + "\n"
 
 # %% ../nbs/05l_package.ipynb #611cca1b
 LICENCES = {DEFAULT_MODEL: "apache-2.0"}

@@ -2,21 +2,26 @@
 llama.cpp's server and of Ollama around a real tokenizer. Toy model."""
 
 import json
+import os
 import random
+import shutil
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
-from ftnb.data import Record
-from ftnb.endpoint import ODD, Endpoint, check_endpoint, golden_prompts
+from ftnb.data import Record, Splits
+from ftnb.deploy import export
+from ftnb.endpoint import ODD, OTHERS, Endpoint, check_endpoint, golden_prompts, other_server
 from ftnb.engine import TorchEngine
 from ftnb.format import first_difference, stop_ids
 from ftnb.model import load_model, load_tokenizer
-from ftnb.plan import InputError
+from ftnb.plan import InputError, Recipe
 from ftnb.server import serving
-from toys import FAST, ftnb, toy_model, write_format
+from ftnb.train import train
+from toys import FAST, ftnb, rows, toy_model, write_format
 
 SYSTEM = "Name the class."
 LETTERS = (
@@ -45,6 +50,15 @@ def test_a_thousand_odd_rows_are_the_same_tokens_in_training_and_in_the_server(e
     with serving(engine) as url:
         found = check_endpoint(url, engine.tokenizer, golden)
     assert found.ok and found.n == 1000 + len(ODD) + 2 and found.kind == "vLLM form", found.drifts[:3]
+
+
+def test_a_server_with_several_models_is_asked_for_the_first_and_says_so(engine):
+    golden = golden_prompts(engine.tokenizer, drawn(2), SYSTEM, n=2)
+    with serving({"base": engine, "tuned": engine}) as url:
+        unnamed = check_endpoint(url, engine.tokenizer, golden)
+        named = check_endpoint(url, engine.tokenizer, golden, model="tuned")
+    assert unnamed.listed == ("base", "tuned") and named.listed == ()
+    assert "asked for base, the first of 2 models" in str(unnamed) and "asked for" not in str(named)
 
 
 @contextmanager
@@ -151,3 +165,118 @@ def test_the_command_checks_a_run_against_its_server(tmp_path):
     with serving(TorchEngine(tuned, tokenizer, stops, run.recipe.system)) as url:
         done = ftnb("check-endpoint", url, "run", cwd=tmp_path)
     assert done.returncode == 2 and "generation prompt" in done.stdout, done.stdout
+
+
+SHORT = {
+    "dtype": "float32",
+    "epochs": 1,
+    "batch_size": 8,
+    "evals_per_epoch": 1,
+    "max_new_tokens": 4,
+    "r": 4,
+    "alpha": 8,
+}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    "A run of the toy and what other servers read of it."
+    folder = tmp_path_factory.mktemp("others")
+    records = [record(i, text) for i, (text, _) in enumerate(rows(24))]
+    records = [Record(r.id, r.messages, label) for r, (_, label) in zip(records, rows(24))]
+    recipe = Recipe(
+        name="toy", task="classification", model=str(toy_model(folder / "base")), system=SYSTEM, **SHORT
+    )
+    run = train(recipe, Splits(records[:16], records[16:20], records[20:]), folder / "run")
+    return run, {a.kind: a for a in export(run, kinds=("adapter", "merged", "gguf-f16", "gguf-lora"))}
+
+
+@pytest.mark.parametrize("kind", ["gguf-f16", "gguf-lora"])
+def test_llama_cpp_own_server_builds_the_prompts_of_training_but_takes_control_text_for_tokens(
+    exported, kind
+):
+    pytest.importorskip("xllamacpp", reason="llama.cpp's own server is not installed")
+    run, exports = exported
+    tokenizer = load_tokenizer(run.adapter_dir)
+    golden = golden_prompts(tokenizer, drawn(40), SYSTEM)
+    with other_server(exports[kind].dir, "llama-server") as url:
+        found = check_endpoint(url, tokenizer, golden)
+        served = Endpoint(url)
+        counts = {g["id"]: served.answer(g, 1)[2] for g in golden[-2:]}
+    spelled = {
+        g["id"]
+        for g in golden
+        if any(s in g["messages"][-1]["content"] for s in tokenizer.all_special_tokens)
+    }
+    assert found.kind == "llama.cpp" and found.n == len(golden)
+    assert {d.id for d in found.drifts} == spelled >= {"odd-6", "odd-7"}
+    assert {d.cause for d in found.drifts} == {
+        "text of a control token becomes the token: a user can forge turns"
+    }
+    assert counts == {d.id: d.count for d in found.drifts if d.id in counts}, (
+        "what is asked is what is answered"
+    )
+    with pytest.raises(InputError, match="cannot be reached"):
+        Endpoint(url)  # it was stopped
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["merged", "adapter"])
+def test_vllm_builds_the_prompts_of_training(exported, kind):
+    program = os.environ.get("FTNB_VLLM", "vllm")
+    if not shutil.which(program):
+        pytest.skip("vllm is not installed; FTNB_VLLM=PATH names one of another environment")
+    run, exports = exported
+    tokenizer = load_tokenizer(run.adapter_dir)
+    golden = golden_prompts(tokenizer, drawn(40), SYSTEM)
+    with other_server(exports[kind].dir, program, ("--dtype", "float32"), 600) as url:
+        found = check_endpoint(url, tokenizer, golden)
+    assert found.kind == "vLLM form" and found.n == len(golden)
+    assert {d.cause for d in found.drifts} <= {
+        "text of a control token becomes the token: a user can forge turns"
+    }
+
+
+def test_a_program_that_does_not_start_is_named_with_its_last_words(exported, tmp_path):
+    _, exports = exported
+    for name, text, words in (
+        (
+            "llama-server",
+            "echo loading; echo error: no such tensor >&2; exit 3",
+            "ended with status 3: error: no such",
+        ),
+        ("vllm", "sleep 60", "did not answer within 1 s: no word"),
+    ):
+        program = tmp_path / name
+        program.write_text(f"#!/bin/sh\n{text}\n")
+        program.chmod(0o755)
+        kind = "gguf-f16" if name == "llama-server" else "merged"
+        with pytest.raises(InputError, match=words), other_server(exports[kind].dir, program, seconds=1):
+            pass
+    with pytest.raises(
+        InputError, match="merged is no export for llama-server; SERVE.md has commands for text-gen"
+    ):
+        with other_server(exports["merged"].dir, "llama-server"):
+            pass
+    with pytest.raises(InputError, match="/no/vllm is no program on this machine"):
+        with other_server(exports["merged"].dir, "/no/vllm"):
+            pass
+
+
+def test_a_command_that_somebody_wrote_into_an_export_is_not_run(exported, tmp_path):
+    run, exports = exported
+    own = Path(shutil.copytree(exports["gguf-f16"].dir, tmp_path / "own"))
+    (own / "SERVE.md").write_text("    llama-server -m model.gguf --api-key-file /etc/passwd\n")
+    seen = tmp_path / "llama-server"
+    seen.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/told; exit 1\n')
+    seen.chmod(0o755)
+    with pytest.raises(InputError, match="SERVE.md"), other_server(own, seen):
+        pass  # it is not as its manifest says
+    with pytest.raises(InputError, match="ended with status 1"), other_server(exports["gguf-f16"].dir, seen):
+        pass
+    told = (tmp_path / "told").read_text().split()
+    assert (
+        told[:2] == ["-m", "model.gguf"]
+        and "--api-key-file" not in told
+        and set(OTHERS) == {"llama-server", "vllm"}
+    )

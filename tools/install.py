@@ -3,7 +3,7 @@
     python tools/install.py [--venv .venv] [--without-llama] [--fresh]
 
 Standard library only. Runs again in a blink when nothing changed: a stamp inside the environment holds a hash
-of pyproject.toml, constraints.txt, assets.txt and this file. Logs of every step stay in the environment's
+of pyproject.toml, constraints.txt, assets.txt, llama.cmake and this file. Logs of every step stay in the environment's
 folder. Environment variables: FTNB_TORCH_INDEX (where to look for a CPU build of PyTorch), and pip's own.
 """
 
@@ -12,6 +12,7 @@ import hashlib
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,9 +25,10 @@ ROOT = Path(__file__).resolve().parent.parent
 TORCH_INDEX = os.environ.get("FTNB_TORCH_INDEX", "https://download.pytorch.org/whl/cpu")
 INDEX_SECONDS = 3  # how long an index may take to answer before we go on without it
 HEARTBEAT = 15  # seconds between progress lines
-LLAMA_CMAKE = (
+LLAMA_CMAKE = (  # only what the wheel holds: half of the time that the whole takes
     "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF "
-    "-DLLAMA_BUILD_TOOLS=OFF -DLLAMA_CURL=OFF"
+    "-DLLAMA_BUILD_TOOLS=OFF -DLLAMA_CURL=OFF "
+    + shlex.quote(f"-DCMAKE_PROJECT_INCLUDE={(ROOT / 'tools/llama.cmake').as_posix()}")
 )
 START = time.monotonic()
 
@@ -119,7 +121,7 @@ def venv_python(venv: Path) -> Path:
 def stamp(extras: str) -> str:
     "Hash of everything that decides what stands in the environment."
     digest = hashlib.sha256(f"{sys.version_info[:2]} {ROOT} {extras}".encode())
-    for name in ("pyproject.toml", "constraints.txt", "assets.txt", "tools/install.py"):
+    for name in ("pyproject.toml", "constraints.txt", "assets.txt", "tools/install.py", "tools/llama.cmake"):
         digest.update((ROOT / name).read_bytes())
     return digest.hexdigest()
 
