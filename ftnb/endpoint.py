@@ -389,12 +389,12 @@ def _answers(url):
 
 
 def _end(process):  # with all that it has started
-    for sign, seconds in ((signal.SIGTERM, 15), (signal.SIGKILL, 15)):
+    group = getattr(os, "killpg", None)  # not on Windows
+    for sign in ("SIGTERM", "SIGKILL"):
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, sign)
+            group(process.pid, getattr(signal, sign)) if group else process.kill()
         with suppress(subprocess.TimeoutExpired):
-            process.wait(seconds)
-            return
+            return process.wait(15)
 
 # %% ../nbs/06e_endpoint.ipynb #7b72b8ba
 @contextmanager

@@ -280,3 +280,17 @@ def test_a_command_that_somebody_wrote_into_an_export_is_not_run(exported, tmp_p
         and "--api-key-file" not in told
         and set(OTHERS) == {"llama-server", "vllm"}
     )
+
+
+def test_the_verb_starts_the_program_on_the_export_and_stops_it(exported, tmp_path):
+    pytest.importorskip("xllamacpp", reason="llama.cpp's own server is not installed")
+    run, _ = exported
+    done = ftnb(
+        "check-endpoint", "llama-server", str(run.dir), "--kind", "gguf-f16", "--rows", "3", cwd=tmp_path
+    )
+    assert done.returncode == 2 and "(llama.cpp): token ids of 9 of 11 prompts equal" in done.stdout, (
+        done.stderr
+    )
+    assert "odd-7, token" in done.stdout and "starting     llama-server on" in done.stdout
+    done = ftnb("check-endpoint", "http://127.0.0.1:9", str(run.dir), "--kind", "merged", cwd=tmp_path)
+    assert done.returncode == 1 and "--kind is of the export that a program is started on" in done.stderr
