@@ -1,8 +1,8 @@
-"""Serving speed with the answers compared: `ftnb serve` beside llama-cpp-python's own server, `transformers serve`, and
-`generate` of transformers row by row and in batches of 16, on one run of the store assistant.
+"""Serving speed with the answers compared: `ftnb serve` beside llama-cpp-python's server, llama.cpp's own server,
+`transformers serve`, and `generate` of transformers row by row and in batches of 16, on one run of the store assistant.
 
     python benchmarks/serve.py --run RUN [--out FILE] [--work DIR] [--rounds 3] [--levels 1,4,16,64] [--extra DIR]
-        [--ours "--slots 16"] [--only NAMES] [--threads 2] [--budget SECONDS] [--quick]
+        [--ours "--slots 16"] [--llama-server PATH] [--only NAMES] [--threads 2] [--budget SECONDS] [--quick]
 
 RUN is a finished run with the exports gguf-q8_0 and merged. llama-cpp-python's server needs three packages that ftnb
 does not: pip install --no-deps --target DIR "starlette-context==0.3.6" pydantic-settings sse-starlette, and --extra DIR.
@@ -38,6 +38,7 @@ from parts import gathered  # noqa: E402
 
 from ftnb.bench import Load, Reply, bench, load_table, pooled, speed_ratio, summary  # noqa: E402
 from ftnb.data import load_records  # noqa: E402
+from ftnb.endpoint import program_command  # noqa: E402
 from ftnb.evaluate import Report, rate  # noqa: E402
 from ftnb.format import messages_for  # noqa: E402
 from ftnb.model import load_tokenizer  # noqa: E402
@@ -45,7 +46,7 @@ from ftnb.plan import InputError, Recipe, write_text  # noqa: E402
 
 SECONDS = {1: 6.0, 4: 7.0, 16: 10.0, 64: 15.0}  # of a level; long enough for a serial server to answer a few
 OURS, THEIRS, SERVE = "ftnb serve", "llama-cpp-python server", "transformers serve"
-BATCH = "transformers serve, continuous batching"
+BATCH, CPP = "transformers serve, continuous batching", "llama.cpp's own server"
 LOOPS = {"generate, one by one": 1, "generate, 16 at a time": 16}
 GOALS = (  # ours over the other, at this many clients, at least so many times
     (OURS, THEIRS, 1, 1.0),
@@ -56,6 +57,8 @@ GOALS = (  # ours over the other, at this many clients, at least so many times
     (OURS, SERVE, 1, 1.0),
     (OURS, SERVE, 16, 1.0),
     (OURS, BATCH, 16, 1.0),
+    (OURS, CPP, 1, 1.0),
+    (OURS, CPP, 16, 1.0),
 )
 
 
@@ -78,6 +81,19 @@ def command(name, args, port):  # of a server, and fields that each request need
         told += ["--logits_all", "False", "--interrupt_requests", "False", "--verbose", "False"]
         told = [sys.executable, "-m", "llama_cpp.server", "--model", str(gguf), *here, *told]
         return told, {"repeat_penalty": 1.0}, ""
+    if name == CPP:  # as many answers at once as ours, each with the same room
+        told = [
+            "-m",
+            str(gguf),
+            *here,
+            "--threads",
+            str(args.threads),
+            "-c",
+            str(16 * 2048),
+            "--parallel",
+            "16",
+        ]
+        return [*program_command(args.llama_server), *told, "--jinja"], {}, ""
     told = [
         str(Path(sys.executable).with_name("transformers")),
         "serve",
@@ -207,7 +223,7 @@ def looped(name, args):
 
 
 def parts(args):  # name of a part, what makes it: (round, server, level), in turns
-    names = [n for n in (OURS, THEIRS, SERVE, BATCH, *LOOPS) if not args.only or n in args.only]
+    names = [n for n in (OURS, THEIRS, CPP, SERVE, BATCH, *LOOPS) if not args.only or n in args.only]
     for turn in range(args.rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             if name in LOOPS:
@@ -294,7 +310,7 @@ def versions():
         with suppress(PackageNotFoundError):
             return version(package)
 
-    names = ("ftnb", "llama_cpp_python", "transformers", "torch", "uvicorn", "fastapi")
+    names = ("ftnb", "llama_cpp_python", "xllamacpp", "transformers", "torch", "uvicorn", "fastapi")
     return {name: of(name) for name in names} | {"python": platform.python_version()}
 
 
@@ -346,6 +362,9 @@ def arguments():
     parser.add_argument("--levels", default="1,4,16,64")
     parser.add_argument("--extra", default="", help="folder with the packages that llama_cpp.server needs")
     parser.add_argument("--ours", default="", help="more options for ftnb serve")
+    parser.add_argument(
+        "--llama-server", default="llama-server", help="the program; else the wheel xllamacpp"
+    )
     parser.add_argument("--only", default="", help="names of servers, with ; between them")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--start", type=float, default=180.0, help="seconds that a server may take to start")

@@ -6,7 +6,7 @@ Docs: https://ftnb.github.io/ftnb/endpoint.html.md"""
 
 # %% auto #0
 __all__ = ['ODD', 'WAYS', 'OTHERS', 'golden_prompts', 'Endpoint', 'Drift', 'drift', 'EndpointCheck', 'check_endpoint',
-           'other_server']
+           'program_command', 'other_server']
 
 # %% ../nbs/06e_endpoint.ipynb #b04b4941
 import argparse
@@ -345,7 +345,10 @@ def _with_base(artifact, arguments):  # BASE and base.gguf are no part of an exp
     return [str(known[a]()) if a in known else a for a in arguments]
 
 
-def _found(program):  # how a program is called; llama-server also comes in a wheel
+def program_command(
+    program: str,  # name on PATH, or path; llama-server also comes in the wheel xllamacpp
+) -> list[str]:  # to which options are added
+    "How a program is run; raises `InputError` where it is not on this machine."
     if at := shutil.which(program):
         return [str(Path(at).absolute())]
     own = program == "llama-server"
@@ -367,9 +370,10 @@ def _llama_server():  # llama-server's own options for the same server, as the w
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8080)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--parallel", type=int, default=1)
     given, params = parser.parse_args(), xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.use_jinja = given.m, given.c, given.jinja
-    params.hostnames, params.port, params.n_parallel = [given.host], given.port, 1
+    params.hostnames, params.port, params.n_parallel = [given.host], given.port, given.parallel
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = given.threads
     if given.chat_template_file:
         params.chat_template = given.chat_template_file.read_text(encoding="utf-8")
@@ -417,7 +421,7 @@ def other_server(
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     with tempfile.TemporaryFile() as said:
         streams = {"stdin": subprocess.DEVNULL, "stdout": said, "stderr": said}
-        command = [*_found(program), *arguments, *where]
+        command = [*program_command(program), *arguments, *where]
         process = subprocess.Popen(command, cwd=artifact.dir, env=env, start_new_session=True, **streams)
         try:
             while not _answers(url):
