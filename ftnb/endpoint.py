@@ -20,6 +20,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -402,6 +403,18 @@ def _end(process):  # with all that it has started
 
 # %% ../nbs/06e_endpoint.ipynb #7b72b8ba
 @contextmanager
+def _stopped_with_us():  # SIGTERM ends this process as Ctrl-C does, so that no server stays behind
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+@contextmanager
 def other_server(
     folder: str | Path,  # an export
     program: str = "llama-server",  # llama-server | vllm, or the path of one
@@ -419,7 +432,7 @@ def other_server(
     where = ["--host", "127.0.0.1", "--port", str(port)]
     url, end = f"http://127.0.0.1:{port}", time.monotonic() + seconds
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    with tempfile.TemporaryFile() as said:
+    with tempfile.TemporaryFile() as said, _stopped_with_us():
         streams = {"stdin": subprocess.DEVNULL, "stdout": said, "stderr": said}
         command = [*program_command(program), *arguments, *where]
         process = subprocess.Popen(command, cwd=artifact.dir, env=env, start_new_session=True, **streams)

@@ -5,7 +5,9 @@ import json
 import os
 import random
 import shutil
+import signal
 import threading
+import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,7 +23,7 @@ from ftnb.model import load_model, load_tokenizer
 from ftnb.plan import InputError, Recipe
 from ftnb.server import serving
 from ftnb.train import train
-from toys import FAST, ftnb, rows, toy_model, write_format
+from toys import FAST, Forked, ftnb, rows, toy_model, write_format
 
 SYSTEM = "Name the class."
 LETTERS = (
@@ -293,4 +295,21 @@ def test_the_verb_starts_the_program_on_the_export_and_stops_it(exported, tmp_pa
     )
     assert "odd-7, token" in done.stdout and "starting     llama-server on" in done.stdout
     done = ftnb("check-endpoint", "http://127.0.0.1:9", str(run.dir), "--kind", "merged", cwd=tmp_path)
-    assert done.returncode == 1 and "--kind is of the export that a program is started on" in done.stderr
+    assert done.returncode == 2 and "--kind is of the export that a program is started on" in done.stderr
+
+
+def test_a_server_goes_with_the_process_that_started_it(exported, tmp_path):
+    _, exports = exported
+    program = tmp_path / "llama-server"
+    program.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid; exec sleep 300\n")
+    program.chmod(0o755)
+    code = "import sys; from ftnb.endpoint import other_server as s; s(*sys.argv[1:]).__enter__()"
+    one = Forked(str(exports["gguf-f16"].dir), str(program), cwd=tmp_path, code=code)
+    end = time.monotonic() + 120
+    while not (tmp_path / "pid").is_file() and one.poll() is None and time.monotonic() < end:
+        time.sleep(0.1)
+    pid = int((tmp_path / "pid").read_text())
+    one.send_signal(signal.SIGTERM)
+    assert one.wait(60) == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
