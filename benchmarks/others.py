@@ -20,23 +20,19 @@ import time
 from collections import Counter
 from dataclasses import asdict
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 from parts import gathered
 
 from ftnb.deploy import Artifact, export
-from ftnb.endpoint import check_endpoint, golden_prompts, other_server
+from ftnb.endpoint import check_endpoint, golden_prompts, other_server, program_command
 from ftnb.evaluate import Report
 from ftnb.model import load_tokenizer
-from ftnb.plan import cache_dir, write_text
+from ftnb.plan import InputError, cache_dir, write_text
 from ftnb.train import Run
 
-SMALL = (
-    "--gpu-memory-utilization",
-    "0.3",
-    "--enforce-eager",
-)  # a share of memory; no compiler before the first answer
+# a share of memory; no compiler before the first answer
+SMALL = ("--gpu-memory-utilization", "0.3", "--enforce-eager")
 FIRST = "vLLM, adapter, asked for the first name it lists"
 TOGETHER = (  # name, program, export, further options
     ("ftnb serve", "ftnb", "gguf-q8_0", ()),
@@ -79,8 +75,10 @@ def parts(args):
         at = programs[program]
         if args.only and name not in args.only:
             continue
-        if not shutil.which(at) and not (at == "llama-server" and find_spec("xllamacpp")):
-            print(f"{name}: {at} is not on this machine; left out", file=sys.stderr)
+        try:
+            program_command(at)
+        except InputError as error:
+            print(f"{name} is left out: {error}", file=sys.stderr)
             continue
         if not (args.exports / kind / "manifest.json").is_file():
             export(args.run, args.exports, (kind,))
