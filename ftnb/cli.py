@@ -1784,7 +1784,9 @@ def _typed(name, parameter):  # how the usage line shows what is typed without a
     return name.upper() if parameter.default is inspect.Parameter.empty and name != "recipe" else ""
 
 
-def parser() -> Parser:  # for all verbs
+def parser(
+    asked: str | None = None,  # the verb, as it is typed, that gets its options; None: all of them
+) -> Parser:  # for all verbs
     "The parser of `ftnb`, built from the verbs' own signatures."
     top = Parser(
         prog="ftnb",
@@ -1800,6 +1802,8 @@ def parser() -> Parser:  # for all verbs
         typed = filter(None, (_typed(n, p) for n, p in inspect.signature(verb).parameters.items()))
         usage = " ".join(["ftnb", spelled(verb), *typed, "[options]"])
         sub = subs.add_parser(spelled(verb), usage=usage, parents=[common], allow_abbrev=False, **told)
+        if asked not in (None, spelled(verb)):
+            continue
         add_flags(sub, verb)
         if "source" in inspect.signature(verb).parameters:
             add_flags(sub.add_argument_group("data"), Source)
@@ -1828,7 +1832,7 @@ def dispatch(
     words: list[str],  # what the user typed
 ) -> int | None:  # exit code, where a verb or the processes it started have one
     "Parse and run one verb."
-    top, verbs = parser(), {spelled(v): v for v in VERBS}
+    top, verbs = parser(words[0] if words else ""), {spelled(v): v for v in VERBS}
     if words and not words[0].startswith("-") and words[0] not in verbs:
         near = difflib.get_close_matches(words[0], verbs, n=1)
         raise InputError(

@@ -16,7 +16,6 @@ import ctypes
 import hashlib
 import importlib.util
 import json
-import os
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass
@@ -32,7 +31,7 @@ from .evaluate import Report
 from .foreign import base_identity, inspect_gguf, refuse_foreign
 from .model import load_model, load_tokenizer, quiet, resolve
 from .package import UNSAID, About, model_card, modelfile, public_name, refuse_leaks, serve_notes
-from .plan import InputError, Recipe, atomic_dir, cache_dir, need_space, sha256
+from .plan import InputError, Recipe, atomic_dir, cache_dir, need_space, sha256, threads
 
 # %% ../nbs/06_deploy.ipynb #0c4de038
 def _contents(folder):
@@ -446,13 +445,11 @@ def open_gguf(
     context: int = 2048,  # tokens of prompt and answer together
     **options,  # for `llama_cpp.Llama`
 ):  # llama_cpp.Llama
-    "The model in a GGUF file, silent, on all cores; raises `InputError` when llama.cpp cannot read it."
+    "The model in a GGUF file, silent, on as many `threads` as there are; raises `InputError` when llama.cpp cannot read it."
     library = llama_library()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    options = {"n_threads": threads(), "n_threads_batch": threads()} | options
     try:
-        return library.Llama(
-            str(path), n_ctx=context, n_threads=cores, n_threads_batch=cores, verbose=False, **options
-        )
+        return library.Llama(str(path), n_ctx=context, verbose=False, **options)
     except (ValueError, RuntimeError) as error:
         raise InputError(f"{path}: llama.cpp cannot open it: {last_words() or error}") from error
 

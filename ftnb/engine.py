@@ -12,7 +12,6 @@ __all__ = ['READ', 'PIECE', 'TOGETHER', 'Ask', 'Answer', 'TorchEngine', 'LlamaEn
 import asyncio
 import collections
 import ctypes
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from .deploy import Artifact, base_of, last_words, llama_library, open_gguf, ope
 from .format import first_difference, messages_for, prompt_for, render, template_hash
 from .model import Generation, common_prefix, generate, load_model, load_tokenizer, open_batch, quiet
 from .model import stepper
-from .plan import InputError
+from .plan import InputError, threads
 
 # %% ../nbs/06b_engine.ipynb #1d3f0dae
 def _choose(logits, temperature, top_p, rng):
@@ -246,9 +245,8 @@ class _Context:
 
     def __init__(self, model, tokens, slots, adapter=None, **settings):
         self.library = library = llama_library()
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         wanted = dict(n_ctx=tokens * slots, n_seq_max=slots, n_batch=READ, n_ubatch=READ, no_perf=True)
-        wanted |= dict(n_threads=cores, n_threads_batch=cores) | TOGETHER | settings
+        wanted |= dict(n_threads=threads(), n_threads_batch=threads()) | TOGETHER | settings
         params = library.llama_context_default_params()
         for name, value in wanted.items():
             setattr(params, name, value)

@@ -18,6 +18,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from .plan import ARCHES, InputError, adapter_params, linear_shapes
+from .plan import threads as share
 
 # %% ../nbs/04c_launch.ipynb #f07b1905
 SHARED_BY = ("ddp", "fsdp2")
@@ -67,10 +68,6 @@ def launch_config(
     )
 
 # %% ../nbs/04c_launch.ipynb #5d132091
-def _cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _sizes(processes, machines, rank, address):
     if processes < 2:
         raise InputError(f"a run is shared by at least 2 processes, got {processes}")
@@ -100,8 +97,7 @@ def launch_command(
     "`accelerate launch` with the words of `ftnb train`; raises `InputError` for numbers that cannot be."
     _sizes(processes, machines, rank, address)
     _known(kind)
-    threads = threads or int(os.environ.get("OMP_NUM_THREADS") or 0)
-    threads = threads or max(1, _cores() // (processes // machines))
+    threads = threads or share(processes // machines)
     options = ["--config_file", config or config_file(kind)]
     options += ["--num_processes", processes, "--num_machines", machines]
     if machines > 1:

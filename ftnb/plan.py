@@ -7,7 +7,7 @@ Docs: https://ftnb.github.io/ftnb/plan.html.md"""
 # %% auto #0
 __all__ = ['CHOICES', 'WHOLE', 'REAL', 'PRESETS', 'GUIDE', 'FAMILIES', 'ARCHES', 'InputError', 'free_bytes', 'need_space',
            'sha256', 'sync', 'write_bytes', 'write_text', 'atomic_dir', 'locked', 'progress', 'asset_wheel',
-           'cache_dir', 'Recipe', 'Advice', 'advise', 'ModelChoice', 'choose_model', 'Arch', 'linear_shapes',
+           'cache_dir', 'threads', 'Recipe', 'Advice', 'advise', 'ModelChoice', 'choose_model', 'Arch', 'linear_shapes',
            'adapter_params', 'adapter_bytes', 'config_table', 'arch_from_config', 'memory_estimate', 'Fit', 'fits',
            'plot_memory', 'BreakEven', 'break_even', 'plot_break_even']
 
@@ -233,6 +233,17 @@ def asset_wheel(
 def cache_dir() -> Path:  # $FTNB_CACHE, or ~/.cache/ftnb
     "Folder for what can be made again (converted models, fetched data); whoever writes there makes it."
     return Path(os.environ.get("FTNB_CACHE") or "~/.cache/ftnb").expanduser()
+
+
+def threads(
+    processes: int = 1,  # that share this machine
+) -> int:  # for each of them, at least 1
+    "`$OMP_NUM_THREADS` where it is a number, as PyTorch takes it; else a share of the cores this process may use."
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    if asked.isdecimal() and int(asked):
+        return int(asked)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // processes)
 
 # %% ../nbs/00_plan.ipynb #406ce932
 CHOICES = {

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from contextlib import contextmanager
@@ -13,15 +14,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job; programs under test inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if WORKERS > 1:  # each worker, and what it starts, has its share of the cores
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # where a program takes more all the same, its threads do not spin
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(Path(__file__).parent))
 WORKSHOPS = sorted((ROOT / "nbs").glob("1[0-9]_*.ipynb"))
 DEALT = ("test_notebooks.py", "test_workshops.py")  # files whose tests share nothing and take long
-ALONE = {"01d_scale", "03_model", "05b_sweep"}  # notebooks that assert how long something takes
+ALONE = {"01d_scale"}  # notebooks that assert how seconds grow
 
 
 def pytest_collection_modifyitems(items):

@@ -468,6 +468,7 @@ def test_bank_rows_hold_nothing_private_and_one_language():
 
 
 @needs_data
+@pytest.mark.slow
 def test_benchmark_runs_on_a_small_slice(bench, tmp_path, capsys):
     out = tmp_path / "numbers.json"
     bench.main(DATA, out, ["planted"], limit=400)

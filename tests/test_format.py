@@ -191,9 +191,10 @@ def test_payloads_are_many_and_always_the_same():
     assert sum(any(t in p for t in own) for p in payloads) > 60
 
 
-def test_no_payload_becomes_a_control_token_and_no_letter_of_it_is_lost(tokenizer):
+@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_no_payload_becomes_a_control_token_and_no_letter_of_it_is_lost(tokenizer, every):
     controls = control_ids(tokenizer)
-    payloads = attacks(tokenizer, 200)
+    payloads = attacks(tokenizer, 200)[::every]
     failed = Counter()
     for place in PLACES:
         clean = [i for i in encode_prompt(tokenizer, *scene(place, WORD)) if i in controls]

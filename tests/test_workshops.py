@@ -7,21 +7,23 @@ import pytest
 
 from conftest import ROOT, WORKSHOPS
 from ftnb.workshop import MINUTES, read_workshop
-from toys import Forked
+from toys import Forked, toy_model
 
-LONG = ("10", "12", "13")  # two minutes or more of one core each, at the smallest size
 each_workshop = pytest.mark.parametrize("notebook", WORKSHOPS, ids=lambda p: p.stem)
-each_run = pytest.mark.parametrize(
-    "notebook",
-    [pytest.param(p, marks=[pytest.mark.slow] if p.stem[:2] in LONG else []) for p in WORKSHOPS],
-    ids=lambda p: p.stem,
-)
-ROWS = "48"  # of each training; the stored outputs come from the full size
+each_model = pytest.mark.parametrize("model", ["toy", pytest.param("real", marks=pytest.mark.slow)])
+ROWS = {"toy": "24", "real": "48"}  # of each training; the stored outputs come from the full size
 RUN = """
 import json, sys
 from pathlib import Path
+import ftnb.model, ftnb.train
 from execnb.shell import CaptureShell
 from ftnb.workshop import SIGNS, read_workshop
+
+if sys.argv[2:]:  # a random model of two layers in place of the default one: every cell, no minutes
+    given, real = Path(sys.argv[2]), ftnb.model.resolve
+    toy = lambda name, *more: given if name == ftnb.model.DEFAULT_MODEL else real(name, *more)
+    for module in (m for n, m in [*sys.modules.items()] if n.startswith("ftnb.") and hasattr(m, "resolve")):
+        module.resolve = toy
 
 workshop = read_workshop(sys.argv[1])
 shell, told = CaptureShell(Path(sys.argv[1]).parent), {"right": [], "open": [], "odd": []}
@@ -61,9 +63,11 @@ def test_there_are_workshops():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-@each_run
-def test_notebook(notebook):
-    process = Forked(notebook, cwd=notebook.parent, code=RUN, FTNB_ROWS=ROWS, IN_TEST="1")
+@each_model
+@each_workshop
+def test_notebook(notebook, model, tmp_path):
+    given = [toy_model(tmp_path / "model")] if model == "toy" else []
+    process = Forked(notebook, *given, cwd=notebook.parent, code=RUN, FTNB_ROWS=ROWS[model], IN_TEST="1")
     out, err = process.communicate(timeout=1200)
     assert process.returncode == 0, f"{notebook.name}:\n{out[-2000:]}{err[-6000:]}"
     told = json.loads(out.splitlines()[-1])

@@ -9,6 +9,7 @@ landmarks, and a place in the order of the Tab key for what scrolls sideways.
 """
 
 import ast
+import functools
 import json
 import os
 import re
@@ -151,11 +152,13 @@ def process() -> Path:
     import yaml
     from fastcore import docments
     from fastcore.nbio import read_nb, write_nb
+    from nbdev import config
     from nbdev.config import get_config
     from nbdev.quarto import nbdev_sidebar, refresh_quarto_yml
     from nbdev.serve import proc_nbs
 
     os.chdir(ROOT)
+    config._load_toml = functools.cache(config._load_toml)  # nbdev reads pyproject.toml again for thousands of cells
     texts, theirs = fields(), docments.get_dataclass_source
     docments.get_dataclass_source = lambda c: (  # nbdev runs a notebook's cells: their classes have no file
         theirs(c) or texts.get((c.__name__, tuple(vars(c).get("__annotations__", ()))), "")
