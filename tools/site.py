@@ -158,9 +158,7 @@ def process() -> Path:
     from nbdev.serve import proc_nbs
 
     os.chdir(ROOT)
-    config._load_toml = functools.cache(
-        config._load_toml
-    )  # nbdev reads pyproject.toml again for thousands of cells
+    config._load_toml = functools.cache(config._load_toml)  # nbdev reads the file anew for each cell
     texts, theirs = fields(), docments.get_dataclass_source
     docments.get_dataclass_source = lambda c: (  # nbdev runs a notebook's cells: their classes have no file
         theirs(c) or texts.get((c.__name__, tuple(vars(c).get("__annotations__", ()))), "")
