@@ -1,5 +1,6 @@
 """Shared by all tests: no network, no display, workers side by side, and a table of notebook seconds at the end."""
 
+import gc
 import os
 import shutil
 import signal
@@ -32,6 +33,10 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "notebook" in getattr(item, "fixturenames", ()) and item.callspec.params["notebook"].stem in ALONE:
             item.add_marker("alone")
+
+
+def pytest_collection_finish():
+    gc.freeze()  # the libraries loaded by now stay: statsmodels collects at each call, a second with all of them
 
 
 @pytest.hookimpl(optionalhook=True)
