@@ -1785,7 +1785,7 @@ def _typed(name, parameter):  # how the usage line shows what is typed without a
 
 
 def parser(
-    asked: str | None = None,  # the verb, as it is typed, that gets its options; None: all of them
+    asked: str,  # the verb, as it is typed, that gets its options; the others have a line of help
 ) -> Parser:  # for all verbs
     "The parser of `ftnb`, built from the verbs' own signatures."
     top = Parser(
@@ -1802,7 +1802,7 @@ def parser(
         typed = filter(None, (_typed(n, p) for n, p in inspect.signature(verb).parameters.items()))
         usage = " ".join(["ftnb", spelled(verb), *typed, "[options]"])
         sub = subs.add_parser(spelled(verb), usage=usage, parents=[common], allow_abbrev=False, **told)
-        if asked not in (None, spelled(verb)):
+        if asked != spelled(verb):
             continue
         add_flags(sub, verb)
         if "source" in inspect.signature(verb).parameters:

@@ -34,7 +34,7 @@ from urllib.parse import urlsplit
 from .data import Record
 from .evaluate import Estimate, rate
 from .format import contract, first_difference
-from .plan import InputError, progress
+from .plan import InputError, progress, threads
 
 # %% ../nbs/06e_endpoint.ipynb #9f863fdb
 ODD = (
@@ -370,7 +370,7 @@ def _llama_server():  # llama-server's own options for the same server, as the w
     parser.add_argument("--chat-template-file", type=Path)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8080)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, default=threads())
     parser.add_argument("--parallel", type=int, default=1)
     given, params = parser.parse_args(), xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.use_jinja = given.m, given.c, given.jinja

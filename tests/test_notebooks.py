@@ -25,11 +25,11 @@ def each_model():
 
 @pytest.mark.parametrize("notebook, spread", each_model())
 def test_notebook(notebook, spread, tmp_path):
-    given = [toy_model(tmp_path / "model", spread)] if spread else []
     if not hasattr(os, "fork"):
         worked, _ = run_nb(notebook, skip_flags=["slow", "gpu"], cell_timeout=900)
         assert worked, f"{notebook.name} failed; the cell and its traceback stand above"
         return
+    given = [toy_model(tmp_path / "model", spread)] if spread else []
     process = Forked(notebook, *given, cwd=notebook.parent, code=RUN)  # a server left running goes with it
     out, err = process.communicate(timeout=1200)
     assert process.returncode == 0, f"{notebook.name} failed:\n{out[-4000:]}{err[-2000:]}"

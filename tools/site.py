@@ -153,7 +153,6 @@ def process() -> Path:
     from fastcore import docments
     from fastcore.nbio import read_nb, write_nb
     from nbdev import config
-    from nbdev.config import get_config
     from nbdev.quarto import nbdev_sidebar, refresh_quarto_yml
     from nbdev.serve import proc_nbs
 
@@ -172,7 +171,7 @@ def process() -> Path:
             shutil.copytree(source / folder, cache / folder, dirs_exist_ok=True)
     for name in ("styles.css", "nbdev.yml", "_quarto.yml"):
         shutil.copy(source / name, cache / name)
-    repository = get_config().git_url.rstrip("/")
+    repository = config.get_config().git_url.rstrip("/")
     names, said = [p.name for p in source.glob("*.ipynb")], docstrings()
     for name in sorted(names):
         page = page_name(name)
