@@ -427,7 +427,21 @@ def _llama_cpp():  # the library, and the callback, which must live as long as i
         _SAID.append(text.decode("utf-8", "replace").strip())
 
     llama_cpp.llama_log_set(keep, ctypes.c_void_p(0))
+    if b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info():
+        _leave_amx_out(llama_cpp.llama_cpp)
     return llama_cpp, keep
+
+
+def _leave_amx_out(library):
+    "Weights stay as they are, not repacked for AMX: built by gcc 12, its kernels end the process (llama.cpp#20824)."
+    settings = library.llama_model_default_params
+
+    def without():
+        params = settings()
+        params.use_extra_bufts = False
+        return params
+
+    library.llama_model_default_params = without  # `Llama` asks for these, and has no option of its own
 
 
 def llama_library():  # the module llama_cpp

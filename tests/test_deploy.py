@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -218,6 +219,18 @@ def test_the_adapter_as_gguf_computes_what_peft_computes(run, tmp_path, family):
         open_gguf(tmp_path / "base.gguf", 128, lora_path=str(tmp_path / "adapter.gguf"), **PLAIN), [ids]
     )
     assert gap(wanted, got) < 1e-3 < gap(wanted, plain) / 100
+
+
+def test_no_weights_are_repacked_for_amx():
+    import llama_cpp
+
+    from ftnb.deploy import _leave_amx_out, llama_library
+
+    library = SimpleNamespace(llama_model_default_params=llama_cpp.llama_model_default_params)
+    _leave_amx_out(library)
+    assert not library.llama_model_default_params().use_extra_bufts
+    if b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info():  # here the kernels are, and would be used
+        assert not llama_library().llama_cpp.llama_model_default_params().use_extra_bufts
 
 
 def test_the_exported_gguf_adapter_answers_like_the_run(run, exports):
