@@ -468,7 +468,7 @@ def process(folder, *words, log=None):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     begun = time.monotonic()
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, __file__, "--serve", str(port), "--folder", str(folder), *words]
     with open(log or os.devnull, "ab") as out:
         one = subprocess.Popen(command, stdout=out, stderr=out, env=env)

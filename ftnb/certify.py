@@ -89,7 +89,8 @@ def answer_logits(
         return model.scores[len(ids) - n : len(ids)].copy()
     with torch.inference_mode():
         given = torch.tensor([ids], device=model.device)
-        return model(input_ids=given, use_cache=False, logits_to_keep=n).logits[0].float().cpu().numpy()
+        last = torch.arange(-n, 0, device=model.device)  # an index: see `stepper`
+        return model(input_ids=given, use_cache=False, logits_to_keep=last).logits[0].float().cpu().numpy()
 
 # %% ../nbs/06c_certify.ipynb #cb42e0fe
 _HELD = {}  # the last reference, as the exports of one run are looked at one after the other

@@ -435,7 +435,9 @@ def stepper(
     "One pass of the model over a batch from `open_batch`."
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     takes, past = inspect.signature(base.forward).parameters, cache_name(base.forward)
-    last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+    # the last column by its index, as a copy: a slice has strides for which PyTorch multiplies row by row, with a
+    # copy of a frozen head for each (pytorch issue 186148)
+    last = {"logits_to_keep": torch.tensor([-1], device=model.device)} if "logits_to_keep" in takes else {}
 
     def step(ids, mask, position, cache):
         out = model(

@@ -24,7 +24,7 @@ from trl import SFTTrainer
 import ftnb.train
 from conftest import ROOT
 from ftnb.data import Record, Splits, load
-from ftnb.model import load_tokenizer
+from ftnb.model import generate, load_tokenizer
 from ftnb.plan import InputError, Recipe
 from ftnb.train import Trainer, can_share, labelled_loss, make_trainer, share, shared_loss, train
 from toys import TINY, lines, toy_model
@@ -352,3 +352,16 @@ def test_the_benchmark_runs(tmp_path):
     losses = [row["validation loss"] for row in found["summary"]]
     assert max(losses) < 1.01 * min(losses)
     assert found["floor"]["tokens"] < found["floor"]["padded_tokens"]
+
+
+def test_a_frozen_head_is_not_copied_for_each_prompt(tmp_path):
+    from torch.profiler import ProfilerActivity, profile
+
+    model = model_of(CONFIGS["llama, tied"])
+    tokenizer = load_tokenizer(toy_model(tmp_path))
+    prompts = [[5, 6, 7 + n, *range(20, 24 + n)] for n in range(4)]
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
+        generate(model, tokenizer, prompts, 3)
+    shapes = [shape for e in seen.events() for shape in e.input_shapes]
+    assert [4, 32] in shapes and [4, 1, 32] in shapes, "the batch was not seen"
+    assert not [s for s in shapes if len(s) == 3 and s[-2:] == [32, 300]]
