@@ -5,7 +5,8 @@
     python tools/workshop.py --lock                                 write docs/wheels.txt from what is installed here
 
 --with-wheels puts every wheel into the archive; those that DIR lacks are fetched into it first, through pip and as
-pip is configured. --measure runs each notebook in a process of its own at the size that FTNB_ROWS asks for.
+pip is configured. --measure runs each notebook in a process of its own at the size that FTNB_ROWS asks for, on one core
+(OMP_NUM_THREADS): two end sooner and take more CPU seconds, as they wait for each other.
 """
 
 import argparse
@@ -170,16 +171,15 @@ def measure(names: list[str]) -> None:
     for notebook in workshops(names):
         code = "import sys; sys.path.insert(0, sys.argv[1]); import workshop; workshop.one(sys.argv[2])"
         command = [sys.executable, "-c", code, str(ROOT / "tools"), str(notebook)]
-        env = {"HF_HUB_OFFLINE": "1", "IN_TEST": "1", **os.environ}
+        env = {"HF_HUB_OFFLINE": "1", "IN_TEST": "1", "OMP_NUM_THREADS": "1", **os.environ}
         env["PYTHONPATH"] = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
         done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=notebook.parent)
         if done.returncode:
             raise InputError((done.stderr.strip().splitlines() or ["it did not say why"])[-1])
         found = json.loads(done.stdout.splitlines()[-1])
         rows = os.environ.get("FTNB_ROWS")
-        machine = (
-            f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
-        )
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        machine = f"{env['OMP_NUM_THREADS']} of {cores} cores"
         about = {"code": code_hash(notebook), "rows": int(rows) if rows else None, "machine": machine}
         kept = {n: t for n, t in kept.items() if n in alive} | {notebook.stem: about | found}
         write_text(TIMES, json.dumps({"notebooks": dict(sorted(kept.items()))}, indent=1) + "\n")
