@@ -43,6 +43,7 @@ from types import NoneType
 from typing import get_args
 
 from fastcore.docments import docments
+from fastcore.imports import IN_NOTEBOOK
 
 from .audit import audit as find_issues
 from .audit import label_errors, write_audit
@@ -1858,5 +1859,5 @@ def dispatch(
     return verb(**given)
 
 # %% ../nbs/07_cli.ipynb #906f768a
-if __name__ == "__main__":  # `python -m ftnb.cli`, which is how `accelerate launch` starts it
+if __name__ == "__main__" and not IN_NOTEBOOK:  # `python -m ftnb.cli`: how `accelerate launch` starts it
     sys.exit(main())
