@@ -24,7 +24,7 @@ from trl import SFTTrainer
 import ftnb.train
 from conftest import ROOT
 from ftnb.data import Record, Splits, load
-from ftnb.model import generate, load_tokenizer
+from ftnb.model import DEFAULT_MODEL, generate, load_tokenizer
 from ftnb.plan import InputError, Recipe
 from ftnb.train import Trainer, can_share, labelled_loss, make_trainer, share, shared_loss, train
 from toys import TINY, lines, toy_model
@@ -354,11 +354,10 @@ def test_the_benchmark_runs(tmp_path):
     assert found["floor"]["tokens"] < found["floor"]["padded_tokens"]
 
 
-def test_a_frozen_head_is_not_copied_for_each_prompt(tmp_path):
+def test_a_frozen_head_is_not_copied_for_each_prompt():
     from torch.profiler import ProfilerActivity, profile
 
-    model = model_of(CONFIGS["llama, tied"])
-    tokenizer = load_tokenizer(toy_model(tmp_path))
+    model, tokenizer = model_of(CONFIGS["llama, tied"]), load_tokenizer(DEFAULT_MODEL)
     prompts = [[5, 6, 7 + n, *range(20, 24 + n)] for n in range(4)]
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
         generate(model, tokenizer, prompts, 3)
