@@ -17,6 +17,8 @@ TEST_FLAGS ?= -n logical --maxprocesses 4 --dist loadscope
 
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
+# Where containers forbid bytecode, each process compiles all that it imports anew: torch, transformers, trl, 4,000 files
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help install run test lab docs readme workshop clean
 
