@@ -32,7 +32,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-os.environ["PYTHONDONTWRITEBYTECODE"] = ""  # servers start from compiled files, as everywhere but in some containers
+os.environ["PYTHONDONTWRITEBYTECODE"] = ""  # servers start from compiled files, as for most people
 
 import psutil  # noqa: E402
 from parts import gathered  # noqa: E402

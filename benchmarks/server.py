@@ -29,7 +29,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-os.environ["PYTHONDONTWRITEBYTECODE"] = ""  # servers start from compiled files, as everywhere but in some containers
+os.environ["PYTHONDONTWRITEBYTECODE"] = ""  # servers start from compiled files, as for most people
 KEY = "sesame-0123456789abcdef"
 CONTEXT = 2048
 LETTERS = "bdfgklmnprst"
