@@ -105,6 +105,19 @@ def test_page_fits_and_is_quiet(browser, address, name, size):
     page.context.close()
 
 
+def test_a_name_links_to_what_the_page_means_by_it(site):
+    def linked(name):
+        found = re.findall(
+            r'href="([^"]+)"[^>]*><code>([\w.]+)</code>', (site / f"{name}.html").read_text("utf-8")
+        )
+        return {(word, place) for place, word in found}
+
+    workshop, words = linked("iterate"), {word for word, _ in linked("iterate")}
+    assert {("train", "train.html#train"), ("look", "ledger.html#look")} <= workshop
+    assert not {"first", "fit"} & words, "runs and functions of the workshop itself, not those of ftnb"
+    assert ("train", "train.html#train") in linked("diagnose"), "and not the command of that name"
+
+
 @widths
 @pytest.mark.parametrize("name", FEW)
 def test_axe_finds_nothing(browser, address, name, size):

@@ -134,6 +134,50 @@ def describe(cells: list, said: dict[str, str]) -> None:
         cell.source = f"#| fig-alt: {json.dumps(f'{text}. Part: {heading}')}\n{cell.source}"
 
 
+def known_names(cells: list) -> dict[str, str]:
+    "Names that a notebook's cells import from ftnb or give -> the module they come from, or empty."
+    found = {}
+
+    def walk(node):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ftnb."):
+            found.update({a.asname or a.name: node.module for a in node.names})
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            found.setdefault(node.name, "")
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.setdefault(node.id, "")
+        elif not isinstance(node, ast.Lambda):
+            for child in ast.iter_child_nodes(node):
+                walk(child)
+
+    for cell in cells:
+        if cell.cell_type == "code":
+            walk(ast.parse(cell.source))
+    return found
+
+
+def relink(text: str, known: dict[str, str], own: str, places: dict[str, dict]) -> str:
+    """nbdev links a back-quoted name to one module that has it, for `train` to `ftnb.cli`. Here it means what the
+    notebook imports or makes; where that is no function of ftnb, such as a variable, there is no link."""
+
+    def place(m):
+        name = m[1].removesuffix("()")
+        there = {
+            module: at[f"{module}.{name}"][0] for module, at in places.items() if f"{module}.{name}" in at
+        }
+        old = next((at for at in there.values() if m[2].endswith(f"/{at}")), None)
+        if old is None:
+            return m[0]
+        origin = known.get(name.partition(".")[0])
+        if origin is None:  # the notebook does not use it: a function rather than the command of that name
+            origin = own if own in there else min(there, key=lambda module: module == "ftnb.cli")
+        if origin and origin not in there:
+            return m[0]
+        new = there.get(origin or own)
+        return f"[`{m[1]}`]({m[2].removesuffix(old)}{new})" if new else f"`{m[1]}`"
+
+    return re.sub(r"\[`([\w.]+(?:\(\))?)`\]\(([^)\s]+)\)", place, text)
+
+
 def contributing(cache: Path, repository: str) -> None:
     "CONTRIBUTING.md as a page: pictures from the site, notebooks as pages, other files in the repository."
     text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
@@ -156,6 +200,8 @@ def process() -> Path:
     from nbdev.quarto import nbdev_sidebar, refresh_quarto_yml
     from nbdev.serve import proc_nbs
 
+    from ftnb._modidx import d
+
     os.chdir(ROOT)
     config._load_toml = functools.cache(config._load_toml)  # nbdev reads the file anew for each cell
     texts, theirs = fields(), docments.get_dataclass_source
@@ -172,15 +218,18 @@ def process() -> Path:
     for name in ("styles.css", "nbdev.yml", "_quarto.yml"):
         shutil.copy(source / name, cache / name)
     repository = config.get_config().git_url.rstrip("/")
-    names, said = [p.name for p in source.glob("*.ipynb")], docstrings()
+    names, said, places = [p.name for p in source.glob("*.ipynb")], docstrings(), d["syms"]
     for name in sorted(names):
         page = page_name(name)
-        notebook = read_nb(cache / name)
+        notebook, told = read_nb(cache / name), read_nb(source / name).cells
+        own = next((m[1] for c in told if (m := re.match(r"#\| *default_exp +(\w+)", c.source))), "")
+        known = known_names(told), f"ftnb.{own}", places
         for cell in notebook.cells:
             for output in cell.get("outputs", []):
                 if said_there := output.get("data", {}).get("text/markdown"):
-                    output["data"]["text/markdown"] = to_pages("".join(said_there), names)
+                    output["data"]["text/markdown"] = relink(to_pages("".join(said_there), names), *known)
             if cell.cell_type == "markdown":
+                cell.source = relink(cell.source, *known)
                 cell.source = to_pages(cell.source, names)
                 cell.source = cell.source.replace("](../CONTRIBUTING.md", "](contributing.html")
                 cell.source = re.sub(
