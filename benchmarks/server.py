@@ -35,29 +35,39 @@ CONTEXT = 2048
 LETTERS = "bdfgklmnprst"
 
 
-def toy_engine(folder, kind="llama"):
-    "A random model with the default model's tokenizer, whose answers differ from prompt to prompt: llama | torch."
+def toy_weights(folder):
+    "A random model whose answers differ from prompt to prompt."
     import torch
 
-    from ftnb.deploy import open_gguf, quantize, write_gguf
-    from ftnb.engine import LlamaEngine, TorchEngine
-    from ftnb.format import stop_ids
-    from ftnb.model import load_model, load_tokenizer
+    from ftnb.model import load_model
     from toys import toy_model
 
     if not (folder / "config.json").exists():
         toy_model(folder)
-    tokenizer, model = load_tokenizer(folder), load_model(folder, "float32")
+    model = load_model(folder, "float32")
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "layers" in name and weight.ndim == 2:
                 weight *= 8  # else a tied random model repeats its last token
-    if kind == "llama":  # in Q8_0 its answers are the same bits alone and in a batch: what differs is a fault
-        if not (file := folder / "toy.gguf").exists():
-            quantize(write_gguf(model, tokenizer, folder / "whole.gguf", "float32"), file, "gguf-q8_0")
-        return LlamaEngine(open_gguf(file, 256), tokenizer, frozenset(stop_ids(tokenizer)), "Name the class.")
-    model.double()  # so that a token that is all but as likely does not win by rounding
-    return TorchEngine(model, tokenizer, frozenset(stop_ids(tokenizer)), "Name the class.")
+    return model
+
+
+def toy_engine(folder, kind="llama"):
+    "The toy model with the default model's tokenizer: llama | torch. Once its file is there, only that is read."
+    from ftnb.deploy import open_gguf, quantize, write_gguf
+    from ftnb.engine import LlamaEngine, TorchEngine
+    from ftnb.format import stop_ids
+    from ftnb.model import load_tokenizer
+
+    file = folder / "toy.gguf"
+    model = None if kind == "llama" and file.exists() else toy_weights(folder)
+    tokenizer = load_tokenizer(folder)
+    rest = tokenizer, frozenset(stop_ids(tokenizer)), "Name the class."
+    if kind == "torch":  # doubles, so that a token that is all but as likely does not win by rounding
+        return TorchEngine(model.double(), *rest)
+    if model is not None:  # in Q8_0 an answer is the same bits alone and in a batch: what differs is a fault
+        quantize(write_gguf(model, tokenizer, folder / "whole.gguf", "float32"), file, "gguf-q8_0")
+    return LlamaEngine(open_gguf(file, 256), *rest)
 
 
 class Client:
