@@ -509,7 +509,7 @@ def _plan(workshop, measured):
 def _section_html(section, start, measured):
     "What to say in a section, the cells to wait for, and the answers, folded."
     slow = [c for c in measured.get("cells", ()) if c["section"] == section.title]
-    waits = [f"<li><code>{html.escape(c['first'])}</code>: {c['wall']:.0f} s</li>" for c in slow]
+    waits = [f"<li>{c['wall']:.0f} s: <code>{html.escape(c['first'])}</code></li>" for c in slow]
     made = [f"<h3>{_inline(section.title)}</h3>"]
     made.append(f'<p class="when">Begins at {_clock(start)}, {section.minutes} minutes planned.</p>')
     made.append(_markdown(section.said))

@@ -431,7 +431,7 @@ def test_the_teachers_page_says_when_what_and_how_long(tmp_path):
     assert ["Recall", "0:50", "25", "7 s", "15 s", "1"] in rows
     assert ["End", "1:15", "75", "31 s", "60 s", "2"] in rows
     assert "Begins at 0:50, 25 minutes planned." in page
-    assert "<code>run = train(&lt;recipe&gt;)</code>: 21 s" in page
+    assert "21 s: <code>run = train(&lt;recipe&gt;)</code>" in page
     assert "<li>Many count <strong>all</strong> rows: <code>len(rows)</code>.</li>" in page
     assert "<b>" not in page and "Some &lt;b&gt;shout&lt;/b&gt;" in page
     for exercise in ("min(counts.items()", "return hits / labels.count(label)"):
