@@ -37,14 +37,11 @@ LETTERS = "bdfgklmnprst"
 
 
 def toy_weights(folder):
-    "A random model whose answers differ from prompt to prompt."
+    "The toy model, grown so that its answers differ from prompt to prompt."
     import torch
 
     from ftnb.model import load_model
-    from toys import toy_model
 
-    if not (folder / "config.json").exists():
-        toy_model(folder)
     model = load_model(folder, "float32")
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -60,14 +57,17 @@ def toy_engine(folder, kind="llama"):
     from ftnb.format import stop_ids
     from ftnb.model import load_tokenizer
 
-    file = folder / "toy.gguf"
-    model = None if kind == "llama" and file.exists() else toy_weights(folder)
-    tokenizer = load_tokenizer(folder)
+    if not (folder / "config.json").exists():
+        from toys import toy_model
+
+        toy_model(folder)
+    file, tokenizer = folder / "toy.gguf", load_tokenizer(folder)
     rest = tokenizer, frozenset(stop_ids(tokenizer)), "Name the class."
     if kind == "torch":  # doubles, so that a token that is all but as likely does not win by rounding
-        return TorchEngine(model.double(), *rest)
-    if model is not None:  # in Q8_0 an answer is the same bits alone and in a batch: what differs is a fault
-        quantize(write_gguf(model, tokenizer, folder / "whole.gguf", "float32"), file, "gguf-q8_0")
+        return TorchEngine(toy_weights(folder).double(), *rest)
+    if not file.exists():  # in Q8_0 an answer is the same bits alone and in a batch: what differs is a fault
+        whole = write_gguf(toy_weights(folder), tokenizer, folder / "whole.gguf", "float32")
+        quantize(whole, file, "gguf-q8_0")
     return LlamaEngine(open_gguf(file, 256), *rest)
 
 
@@ -394,9 +394,8 @@ def keys(url, n=100_000):
         head = [(b"authorization", f"Bearer {key}".encode())]
         return {"headers": head, "query_string": b"", "path": CHAT, "method": "POST"}
 
-    for (
-        row
-    ) in spent:  # fresh keys in a random order each time: the place in memory and in line costs some ns, too
+    # fresh keys in a random order each time: the place in memory and in line costs some ns, too
+    for row in spent:
         others = ("".join(draw.choices(signs, k=len(KEY))) for _ in range(2))
         scopes = [scope(key) for key in (KEY[:-1] + draw.choice(signs), *others)]
         for at in draw.sample(range(3), 3):

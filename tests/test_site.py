@@ -112,9 +112,11 @@ def test_a_name_links_to_what_the_page_means_by_it(site):
         )
         return {(word, place) for place, word in found}
 
-    workshop, words = linked("iterate"), {word for word, _ in linked("iterate")}
+    workshop = linked("iterate")
     assert {("train", "train.html#train"), ("look", "ledger.html#look")} <= workshop
-    assert not {"first", "fit"} & words, "runs and functions of the workshop itself, not those of ftnb"
+    assert not {"first", "fit"} & {word for word, _ in workshop}, (
+        "runs and functions of the workshop itself, not those of ftnb"
+    )
     assert ("train", "train.html#train") in linked("diagnose"), "and not the command of that name"
 
 

@@ -83,7 +83,7 @@ def install(venv: Path) -> Path:
     subprocess.run([sys.executable, "-m", "venv", "--clear", venv], check=True)
     python = venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    from install import LLAMA_CMAKE, answers, compiler, pin
+    from install import answers, compiler, llama_env, pin
 
     # the wheels for processors alone; where this index does not answer, the large ones do as well
     if sys.platform == "linux" and answers(TORCH):
@@ -91,8 +91,7 @@ def install(venv: Path) -> Path:
     subprocess.run([*pip, "--upgrade", "-e", f"{ROOT}[dev]", *NEWEST], check=True)
     subprocess.run([*pip, "--no-deps", "--require-hashes", "-r", ROOT / "assets.txt"], check=True)
     if compiler():  # 06_deploy converts with it; of llama.cpp the tested one, as it is not what is watched
-        env = os.environ | {"CMAKE_ARGS": os.environ.get("CMAKE_ARGS", LLAMA_CMAKE)}
-        subprocess.run([*pip, pin("llama-cpp-python")], check=True, env=env)
+        subprocess.run([*pip, pin("llama-cpp-python")], check=True, env=os.environ | llama_env())
     return python
 
 
@@ -106,10 +105,11 @@ def here(names_only: bool) -> int:
     print(f"{len(used(ROOT / 'ftnb'))} names looked up, {len(lines)} changed", *lines, sep="\n  ", flush=True)
     failed = bool(lines)
     if not names_only:
-        left = set() if find_spec("llama_cpp") else {"06_deploy"}
-        if left:
+        notebooks = list(NOTEBOOKS)
+        if not find_spec("llama_cpp"):
+            notebooks.remove("06_deploy")
             print("left out, for want of llama-cpp-python: 06_deploy", flush=True)
-        chosen = " or ".join(name for name in NOTEBOOKS if name not in left)
+        chosen = " or ".join(notebooks)
         for words in ([*TESTS], ["tests/test_notebooks.py", "-k", chosen]):
             done = subprocess.run([sys.executable, "-m", "pytest", *words, "--tb=short"], cwd=ROOT)
             failed |= done.returncode != 0

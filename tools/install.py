@@ -176,6 +176,12 @@ def compiler() -> str | None:
     return "cmake" if os.name == "nt" else next((n for n in names if n and shutil.which(n)), None)
 
 
+def llama_env() -> dict[str, str]:
+    "What a build of llama.cpp is told; variables that are set already win."
+    ours = {"CMAKE_ARGS": LLAMA_CMAKE, "CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count() or 2)}
+    return {name: os.environ.get(name, value) for name, value in ours.items()}
+
+
 def free_gb(path: Path) -> float:
     "Free space on the disk that holds `path`, in GB."
     return shutil.disk_usage(path).free / 1e9
@@ -211,12 +217,7 @@ def install(venv: Path, llama: bool) -> None:
             "llama.cpp, built from source in the background",
             [python, "-m", "pip", "wheel", "--no-deps", "-w", wheels, pin("llama-cpp-python")],
             venv / "llama.log",
-            {
-                "CMAKE_ARGS": os.environ.get("CMAKE_ARGS", LLAMA_CMAKE),
-                "CMAKE_BUILD_PARALLEL_LEVEL": os.environ.get(
-                    "CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 2)
-                ),
-            },
+            llama_env(),
         )
     install_torch(python, venv)
     pip = [python, "-m", "pip", "install", "--no-compile"]

@@ -134,17 +134,17 @@ def describe(cells: list, said: dict[str, str]) -> None:
         cell.source = f"#| fig-alt: {json.dumps(f'{text}. Part: {heading}')}\n{cell.source}"
 
 
-def known_names(cells: list) -> dict[str, str]:
-    "Names that a notebook's cells import from ftnb or give -> the module they come from, or empty."
+def known_names(cells: list, own: str) -> dict[str, str]:
+    "Names that a notebook's cells import from ftnb or give -> the module they come from, `own` for the latter."
     found = {}
 
     def walk(node):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ftnb."):
             found.update({a.asname or a.name: node.module for a in node.names})
         elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            found.setdefault(node.name, "")
+            found.setdefault(node.name, own)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            found.setdefault(node.id, "")
+            found.setdefault(node.id, own)
         elif not isinstance(node, ast.Lambda):
             for child in ast.iter_child_nodes(node):
                 walk(child)
@@ -170,9 +170,7 @@ def relink(text: str, known: dict[str, str], own: str, places: dict[str, dict]) 
         origin = known.get(name.partition(".")[0])
         if origin is None:  # the notebook does not use it: a function rather than the command of that name
             origin = own if own in there else min(there, key=lambda module: module == "ftnb.cli")
-        if origin and origin not in there:
-            return m[0]
-        new = there.get(origin or own)
+        new = there.get(origin)
         return f"[`{m[1]}`]({m[2].removesuffix(old)}{new})" if new else f"`{m[1]}`"
 
     return re.sub(r"\[`([\w.]+(?:\(\))?)`\]\(([^)\s]+)\)", place, text)
@@ -221,16 +219,16 @@ def process() -> Path:
     names, said, places = [p.name for p in source.glob("*.ipynb")], docstrings(), d["syms"]
     for name in sorted(names):
         page = page_name(name)
-        notebook, told = read_nb(cache / name), read_nb(source / name).cells
-        own = next((m[1] for c in told if (m := re.match(r"#\| *default_exp +(\w+)", c.source))), "")
-        known = known_names(told), f"ftnb.{own}", places
+        notebook, own = read_nb(cache / name), f"ftnb.{page}"
+        known = known_names(read_nb(source / name).cells, own)
         for cell in notebook.cells:
             for output in cell.get("outputs", []):
                 if said_there := output.get("data", {}).get("text/markdown"):
-                    output["data"]["text/markdown"] = relink(to_pages("".join(said_there), names), *known)
+                    output["data"]["text/markdown"] = to_pages(
+                        relink("".join(said_there), known, own, places), names
+                    )
             if cell.cell_type == "markdown":
-                cell.source = relink(cell.source, *known)
-                cell.source = to_pages(cell.source, names)
+                cell.source = to_pages(relink(cell.source, known, own, places), names)
                 cell.source = cell.source.replace("](../CONTRIBUTING.md", "](contributing.html")
                 cell.source = re.sub(
                     r"\A<!-- teacher: (\d+) minutes -->\s*\n(.*)\Z",
