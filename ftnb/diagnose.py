@@ -355,12 +355,17 @@ def _noise(s, recipe):
     return Finding("noise", "warning", text, _settings(change), change)
 
 # %% ../nbs/04b_diagnose.ipynb #d1a00023
+def _answers_lost(s):  # at the step of lowest loss, by two rows or more
+    return (s["best_match"] - s["match_at_best_loss"]) * s["asked"] >= 2
+
+
 def _over_fitting(s, recipe):
     if not (s["gap"] > LIMITS["gap"] and s["went_on"] > LIMITS["went_on"]):
         return None
     text = f"validation loss rose by {s['gap']:.0%} after step {s['best_loss_step']:.0f}, "
     text += f"while training loss fell by another {s['went_on']:.0%}"
-    share = s["best_loss_step"] / s["last_step"]
+    last = s["best_match_step"] if _answers_lost(s) else s["best_loss_step"]
+    share = max(last, s["best_loss_step"]) / s["last_step"]
     epochs = max(
         1.0, float(f"{recipe.epochs * min(2 * share, (1 + share) / 2):.2g}")
     )  # room for the rate to fall
@@ -385,8 +390,7 @@ def _nothing_learnt(s, recipe):
 
 # %% ../nbs/04b_diagnose.ipynb #d1a00024
 def _disagree(s, recipe):
-    lost = s["best_match"] - s["match_at_best_loss"]
-    if not lost * s["asked"] >= 2:
+    if not _answers_lost(s):
         return None
     text = (
         f"step {s['best_loss_step']:.0f} has the lowest loss and {s['match_at_best_loss']:.0%} right, "
