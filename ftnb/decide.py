@@ -12,7 +12,7 @@ __all__ = ['REPHRASINGS', 'HOURS', 'LABELLED', 'TUNED', 'TUNE', 'DO_NOT', 'OPEN'
 # %% ../nbs/05h_decide.ipynb #1778bde3
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import combinations
 
 import numpy as np
@@ -47,8 +47,8 @@ class Rephrasing:
     name: str  # in a few words
     keeps: str  # why the meaning stays
     breaks: str  # where it does not
-    text: Callable[[str], str] = str  # what becomes of the user's last turn
-    fold: Callable[[str], str] = str  # taken from both answers before they are compared
+    text: Callable[[str], str] = field(default=str, repr=False)  # what becomes of the user's last turn
+    fold: Callable[[str], str] = field(default=str, repr=False)  # of both answers, before they are compared
     system: bool = True  # False: the system prompt is left out
     turned: bool = False  # True: the examples stand in the other order
 

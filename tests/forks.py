@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import sys
+import tempfile
 import traceback
 
 
@@ -15,6 +16,7 @@ def run(code, arguments, folder, env, out, err):
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(env)
+    tempfile.tempdir = None  # TMPDIR may be another one now
     for fd, path, flags in ((0, os.devnull, os.O_RDONLY), (1, out, os.O_WRONLY), (2, err, os.O_WRONLY)):
         file = os.open(path, flags | os.O_APPEND)
         os.dup2(file, fd)

@@ -1,6 +1,7 @@
 """Every notebook, top to bottom, each in a process of its own, in its own folder; workshops: test_workshops.py."""
 
 import os
+from tempfile import TemporaryDirectory
 
 import pytest
 from nbdev.test import test_nb as run_nb
@@ -30,6 +31,7 @@ def test_notebook(notebook, spread, tmp_path):
         assert worked, f"{notebook.name} failed; the cell and its traceback stand above"
         return
     given = [toy_model(tmp_path / "model", spread)] if spread else []
-    process = Forked(notebook, *given, cwd=notebook.parent, code=RUN)  # a server left running goes with it
-    out, err = process.communicate(timeout=1200)
+    with TemporaryDirectory(ignore_cleanup_errors=True) as room:  # whatever the notebook leaves there goes
+        process = Forked(notebook, *given, cwd=notebook.parent, code=RUN, TMPDIR=room)  # so does its server
+        out, err = process.communicate(timeout=1200)
     assert process.returncode == 0, f"{notebook.name} failed:\n{out[-4000:]}{err[-2000:]}"
