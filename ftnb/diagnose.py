@@ -132,6 +132,16 @@ def _training_signals(logs):
     }
 
 # %% ../nbs/04b_diagnose.ipynb #d1a00016
+def _waited(match, loss):
+    "The most evaluations in a row before the best one that `train` would not have kept: what to have patience for."
+    kept, now, longest = (-math.inf, -math.inf), 0, 0
+    for answers, low in zip(np.nan_to_num(match, nan=0.0), loss):
+        now += 1
+        if (answers, -low) > kept:
+            kept, longest, now = (answers, -low), max(longest, now - 1), 0
+    return longest
+
+
 def _validation_signals(evals, logs):
     step, loss, match = (_column(evals, key) for key in ("step", "eval_loss", "eval_match"))
     best, n = int(np.argmin(loss)), len(loss)
@@ -149,6 +159,7 @@ def _validation_signals(evals, logs):
         "best_match_step": step[int(np.nanargmax(match))] if known else math.nan,
         "match_at_best_loss": match[best],
         "match_last": match[-1],
+        "waited": _waited(match, loss),
         "finished": ends.mean(),
         "asked": np.nanmax(_column(evals, "eval_n"))
         if np.isfinite(_column(evals, "eval_n")).any()
@@ -364,12 +375,13 @@ def _over_fitting(s, recipe):
         return None
     text = f"validation loss rose by {s['gap']:.0%} after step {s['best_loss_step']:.0f}, "
     text += f"while training loss fell by another {s['went_on']:.0%}"
-    last = s["best_match_step"] if _answers_lost(s) else s["best_loss_step"]
-    share = max(last, s["best_loss_step"]) / s["last_step"]
+    late = _answers_lost(s) and s["best_match_step"] > s["best_loss_step"]
+    share = s["best_match_step" if late else "best_loss_step"] / s["last_step"]
     epochs = max(
         1.0, float(f"{recipe.epochs * min(2 * share, (1 + share) / 2):.2g}")
     )  # room for the rate to fall
-    change = {"epochs": epochs, "early_stopping": recipe.early_stopping or 3}
+    patience = max(recipe.early_stopping or 3, int(s["waited"]) + 1 if late else 0)
+    change = {"epochs": epochs, "early_stopping": patience}
     return Finding(
         "over-fitting", "warning", text, _settings(change) + "; more, and more varied, rows help most", change
     )

@@ -23,9 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .data import Record, normalise, short
-from .evaluate import Estimate, Prediction, Report, bootstrap, from_counts, score
-from .evaluate import mean_of, slot_pairs, valid_json, wilson
+from .data import Record, normalise
+from .evaluate import ROUGE_READS, Estimate, Prediction, Report, bootstrap, from_counts, mean_of
+from .evaluate import need_words, score, slot_pairs, valid_json, wilson
 from .format import encode, parse_frame
 from .plan import InputError
 
@@ -36,7 +36,7 @@ def bleu_counts(
     "What corpus BLEU sums, by sacrebleu with its 13a tokeniser; raises `InputError` where words have no spaces."
     from sacrebleu.metrics import BLEU
 
-    _need_words(predictions, _UNSPACED, "BLEU's 13a tokeniser splits at spaces")
+    need_words(predictions, _UNSPACED, "BLEU's 13a tokeniser splits at spaces")
     one = BLEU(effective_order=True).sentence_score
     made = [one(p.output, [p.expected]) for p in predictions]
     return np.array([[s.sys_len, s.ref_len, *s.counts, *s.totals] for s in made], float).reshape(-1, 10)
@@ -54,17 +54,6 @@ def bleu_of(
 
 # %% ../nbs/05d_metrics.ipynb #e2813de8
 _UNSPACED = r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]"
-
-
-def _need_words(predictions, lost, why):
-    for p in predictions:
-        letters = [c for c in p.expected if c.isalpha()]
-        gone = sum(bool(re.match(lost, c.lower())) for c in letters)
-        if 2 * gone > len(letters):
-            raise InputError(
-                f"record {p.id}: {why}, so {gone} of {len(letters)} letters of {short(p.expected, 40)!r} would not "
-                "count as words; use corpus_chrf"
-            )
 
 # %% ../nbs/05d_metrics.ipynb #8bb98a07
 def chrf_counts(
@@ -115,7 +104,7 @@ def _rouge(kind):
     def counts(predictions):
         from rouge_score.rouge_scorer import RougeScorer
 
-        _need_words(predictions, "[^a-z]", "rouge-score reads a to z only")
+        need_words(predictions, *ROUGE_READS)
         scorer = RougeScorer([kind])
         made = [[scorer.score(p.expected, p.output)[kind].fmeasure, 1] for p in predictions]
         return np.array(made, float).reshape(-1, 2)

@@ -13,7 +13,7 @@ import yaml
 from conftest import ROOT
 
 sys.path.append(str(ROOT / "tools"))
-architecture, canary = (importlib.import_module(name) for name in ("architecture", "canary"))
+architecture, canary, install = (importlib.import_module(n) for n in ("architecture", "canary", "install"))
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
 
 
@@ -133,3 +133,19 @@ def test_the_canary_is_quiet_with_the_tested_versions():
         assert (ROOT / path).is_file()
     for name in canary.NOTEBOOKS:
         assert (ROOT / f"nbs/{name}.ipynb").is_file()
+
+
+def test_llama_is_built_again_for_another_cpu_or_other_settings(tmp_path, monkeypatch):
+    monkeypatch.setattr(install, "installed", lambda python, name: install.pin(name).split("==")[1])
+    monkeypatch.delenv("CMAKE_ARGS", raising=False)
+    assert not install.llama_stands(tmp_path)  # whoever put it there, for whichever CPU
+    (tmp_path / ".ftnb-llama").write_text(install.llama_stamp(), "utf-8")
+    assert install.llama_stands(tmp_path)
+    with monkeypatch.context() as told:
+        told.setenv("CMAKE_ARGS", "-DGGML_NATIVE=OFF")
+        assert not install.llama_stands(tmp_path)
+    with monkeypatch.context() as moved:
+        moved.setattr(install, "cpu", lambda: "avx2")
+        assert not install.llama_stands(tmp_path)
+    monkeypatch.setattr(install, "installed", lambda python, name: "")
+    assert not install.llama_stands(tmp_path)

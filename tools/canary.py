@@ -91,7 +91,8 @@ def install(venv: Path) -> Path:
     subprocess.run([*pip, "--upgrade", "-e", f"{ROOT}[dev]", *NEWEST], check=True)
     subprocess.run([*pip, "--no-deps", "--require-hashes", "-r", ROOT / "assets.txt"], check=True)
     if compiler():  # 06_deploy converts with it; of llama.cpp the tested one, as it is not what is watched
-        subprocess.run([*pip, pin("llama-cpp-python")], check=True, env=os.environ | llama_env())
+        build = [*pip, "--no-cache-dir", pin("llama-cpp-python")]
+        subprocess.run(build, check=True, env=os.environ | llama_env())
     return python
 
 

@@ -182,9 +182,34 @@ def llama_env() -> dict[str, str]:
     return {name: os.environ.get(name, value) for name, value in ours.items()}
 
 
+def cpu() -> str:
+    "The processor's kernels for numbers: llama.cpp is built for the machine it runs on."
+    try:
+        told = Path("/proc/cpuinfo").read_text("utf-8")
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    flags = re.search(r"(?m)^(?:flags|Features)\s*: (.*)$", told)
+    kept = r"(?:avx|amx|s*se\d|fma|f16c|bmi|asimd|sve|i8mm|bf16|fphp).*"
+    return " ".join(sorted(f for f in flags[1].split() if re.fullmatch(kept, f)) if flags else [])
+
+
+def llama_stamp() -> str:
+    "Hash of what decides how llama.cpp is built."
+    digest = hashlib.sha256((ROOT / "tools/llama.cmake").read_bytes())
+    digest.update(f"{pin('llama-cpp-python')} {llama_env()['CMAKE_ARGS']} {cpu()}".encode())
+    return digest.hexdigest()
+
+
 def free_gb(path: Path) -> float:
     "Free space on the disk that holds `path`, in GB."
     return shutil.disk_usage(path).free / 1e9
+
+
+def llama_stands(venv: Path) -> bool:
+    "Whether the environment holds llama.cpp as this machine would build it now."
+    there, built = installed(venv_python(venv), "llama-cpp-python"), venv / ".ftnb-llama"
+    same = built.exists() and built.read_text("utf-8") == llama_stamp()
+    return same and there == pin("llama-cpp-python").split("==")[1]
 
 
 def install(venv: Path, llama: bool) -> None:
@@ -207,15 +232,17 @@ def install(venv: Path, llama: bool) -> None:
         old.unlink()
     build = None
     wheels = venv / "wheels"
-    if llama and installed(python, "llama-cpp-python") != pin("llama-cpp-python").split("==")[1]:
+    if llama and not llama_stands(venv):
         if compiler() is None:
             raise Failed(
                 "llama.cpp is built from source and no C++ compiler was found; install one "
                 "(Debian: apt install build-essential; macOS: xcode-select --install) or pass --without-llama"
             )
+        shutil.rmtree(wheels, ignore_errors=True)
+        fresh = ["--no-cache-dir", "--no-deps", "-w", wheels]  # pip's cache knows neither CPU nor CMAKE_ARGS
         build = Step(
             "llama.cpp, built from source in the background",
-            [python, "-m", "pip", "wheel", "--no-deps", "-w", wheels, pin("llama-cpp-python")],
+            [python, "-m", "pip", "wheel", *fresh, pin("llama-cpp-python")],
             venv / "llama.log",
             llama_env(),
         )
@@ -227,12 +254,11 @@ def install(venv: Path, llama: bool) -> None:
     Step(assets, [*pip, "--no-deps", "--require-hashes", "-r", "assets.txt"], venv / "assets.log").wait()
     if build:
         build.wait()
-        found = sorted(wheels.glob("llama_cpp_python-*.whl"))
-        Step(
-            "llama-cpp-python and what it needs",
-            [*pip, "-c", "constraints.txt", found[-1]],
-            venv / "llama-install.log",
-        ).wait()
+        (wheel,) = wheels.glob("llama_cpp_python-*.whl")
+        log = venv / "llama-install.log"
+        Step("llama-cpp-python", [*pip, "--force-reinstall", "--no-deps", wheel], log).wait()
+        Step("what it needs", [*pip, "-c", "constraints.txt", wheel], log).wait()
+        (venv / ".ftnb-llama").write_text(llama_stamp(), "utf-8")
 
 
 def main() -> int:
@@ -245,7 +271,7 @@ def main() -> int:
     parser.add_argument("--fresh", action="store_true", help="remove the environment first")
     args = parser.parse_args()
     venv = (ROOT / args.venv).resolve()
-    mark, want = venv / ".ftnb-stamp", stamp(f"llama={not args.without_llama}")
+    mark, want = venv / ".ftnb-stamp", stamp(f"llama={not args.without_llama} {cpu()}")
     if args.fresh and venv.exists():
         if not (venv / "pyvenv.cfg").exists():
             raise Failed(f"{venv} is not a virtual environment; not removing it")
