@@ -3,8 +3,9 @@
     python tools/install.py [--venv .venv] [--without-llama] [--fresh]
 
 Standard library only. Runs again in a blink when nothing changed: a stamp inside the environment holds a hash
-of pyproject.toml, constraints.txt, assets.txt, llama.cmake and this file. Logs of every step stay in the environment's
-folder. Environment variables: FTNB_TORCH_INDEX (where to look for a CPU build of PyTorch), and pip's own.
+of pyproject.toml, constraints.txt, assets.txt, llama.cmake, this file and what the CPU can. Logs of every step stay in
+the environment's folder. llama.cpp is built again where its settings or the CPU changed. Environment variables:
+FTNB_TORCH_INDEX (where to look for a CPU build of PyTorch), and pip's own.
 """
 
 import argparse
