@@ -12,17 +12,13 @@ in --work. Prints a Markdown table; --out writes the numbers as JSON.
 
 import argparse
 import json
-import re
-import shutil
-import subprocess
 import sys
 import time
 from collections import Counter
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 
-from parts import gathered
+from parts import gathered, said_version
 
 from ftnb.deploy import Artifact, export
 from ftnb.endpoint import check_endpoint, golden_prompts, other_server, program_command
@@ -42,17 +38,6 @@ TOGETHER = (  # name, program, export, further options
     ("vLLM, adapter", "vllm", "adapter", SMALL),
     (FIRST, "vllm", "adapter", SMALL),
 )
-
-
-def said_version(program):
-    "What the program says of its version; the wheel's where it is no program."
-    if program == "ftnb":
-        return version("ftnb")
-    if not shutil.which(program):
-        return f"xllamacpp {version('xllamacpp')}"
-    done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=300)
-    words = [line for line in (done.stdout + done.stderr).splitlines() if any(map(str.isdigit, line))]
-    return next((w for w in words if re.fullmatch(r"(version: )?[\w.+() -]+", w)), "not said")[:80]
 
 
 def checked(args, program, kind, more, model):

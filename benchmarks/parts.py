@@ -2,9 +2,13 @@
 
 import argparse
 import json
+import re
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from importlib.metadata import version
 from pathlib import Path
 
 from ftnb.plan import cache_dir, write_text
@@ -56,3 +60,16 @@ def gathered(
             print(f"part {name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
         results[name] = json.loads(file.read_text("utf-8"))
     return results
+
+
+def said_version(
+    program: str,  # name on PATH, or path; ftnb | llama-server | vllm
+) -> str:
+    "What the program says of its version; the wheel's where it is no program."
+    if program == "ftnb":
+        return version("ftnb")
+    if not shutil.which(program):
+        return f"xllamacpp {version('xllamacpp')}"
+    done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=300)
+    words = [line for line in (done.stdout + done.stderr).splitlines() if any(map(str.isdigit, line))]
+    return next((w for w in words if re.fullmatch(r"(version: )?[\w.+() -]+", w)), "not said")[:80]

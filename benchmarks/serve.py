@@ -1,12 +1,14 @@
 """Serving speed with the answers compared: `ftnb serve` beside llama-cpp-python's server, llama.cpp's own server,
-`transformers serve`, and `generate` of transformers row by row and in batches of 16, on one run of the store assistant.
+`transformers serve`, `generate` of transformers row by row and in batches of 16, and vLLM with the merged model and with
+the adapter, on one run of the store assistant.
 
     python benchmarks/serve.py --run RUN [--out FILE] [--work DIR] [--rounds 3] [--levels 1,4,16,64] [--extra DIR]
-        [--ours "--slots 16"] [--llama-server PATH] [--only NAMES] [--threads 2] [--budget SECONDS] [--quick]
+        [--ours "--slots 16"] [--llama-server PATH] [--vllm PATH] [--vllm-options "--enforce-eager"] [--only NAMES]
+        [--threads 2] [--budget SECONDS] [--quick]
 
-RUN is a finished run with the exports gguf-q8_0 and merged. llama-cpp-python's server needs three packages that ftnb
+RUN is a finished run with the exports gguf-q8_0, merged and adapter. llama-cpp-python's server needs three packages that ftnb
 does not: pip install --no-deps --target DIR "starlette-context==0.3.6" pydantic-settings sse-starlette, and --extra DIR.
-`transformers serve` needs typer and openai. Servers run one at a time, as child processes on a free port of 127.0.0.1
+`transformers serve` needs typer and openai; vLLM, where it is found, may lie in an environment of its own. Servers run one at a time, as child processes on a free port of 127.0.0.1
 with the same number of threads, in an order that turns from round to round. Each level runs for a fixed time; what
 still runs then counts as waiting longer than that. Finished levels are kept in --work, so a run that was stopped goes
 on where it was; delete a file there to measure its level again. Needs the machine for itself, for about a quarter of an hour.
@@ -35,11 +37,12 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 os.environ["PYTHONDONTWRITEBYTECODE"] = ""  # servers start from compiled files, as for most people
 
 import psutil  # noqa: E402
-from parts import gathered  # noqa: E402
+from parts import gathered, said_version  # noqa: E402
 
 from ftnb.bench import Load, Reply, bench, load_table, pooled, speed_ratio, summary  # noqa: E402
 from ftnb.data import load_records  # noqa: E402
-from ftnb.endpoint import program_command  # noqa: E402
+from ftnb.deploy import Artifact  # noqa: E402
+from ftnb.endpoint import other_command, program_command  # noqa: E402
 from ftnb.evaluate import Report, rate  # noqa: E402
 from ftnb.format import messages_for  # noqa: E402
 from ftnb.model import load_tokenizer  # noqa: E402
@@ -48,6 +51,8 @@ from ftnb.plan import InputError, Recipe, write_text  # noqa: E402
 SECONDS = {1: 6.0, 4: 7.0, 16: 10.0, 64: 15.0}  # of a level; long enough for a serial server to answer a few
 OURS, THEIRS, SERVE = "ftnb serve", "llama-cpp-python server", "transformers serve"
 BATCH, CPP = "transformers serve, continuous batching", "llama.cpp's own server"
+VLLM, LORA = "vLLM, merged", "vLLM, adapter"
+EXPORTS = {VLLM: "merged", LORA: "adapter"}
 LOOPS = {"generate, one by one": 1, "generate, 16 at a time": 16}
 GOALS = (  # ours over the other, at this many clients, at least so many times
     (OURS, THEIRS, 1, 1.0),
@@ -60,6 +65,10 @@ GOALS = (  # ours over the other, at this many clients, at least so many times
     (OURS, BATCH, 16, 1.0),
     (OURS, CPP, 1, 1.0),
     (OURS, CPP, 16, 1.0),
+    (OURS, VLLM, 1, 1.0),
+    (OURS, VLLM, 16, 1.0),
+    (VLLM, LORA, 1, 1.0),
+    (VLLM, LORA, 16, 1.0),
 )
 
 
@@ -95,6 +104,10 @@ def command(name, args, port):  # of a server, and fields that each request need
             "16",
         ]
         return [*program_command(args.llama_server), *told, "--jinja"], {}, ""
+    if name in EXPORTS:
+        artifact = Artifact.load(run / "exports" / EXPORTS[name])
+        told = [*other_command(artifact, args.vllm), *shlex.split(args.vllm_options), *here]
+        return told, {}, artifact.name
     told = [
         str(Path(sys.executable).with_name("transformers")),
         "serve",
@@ -119,10 +132,13 @@ class Child:
         self.url, begun = f"http://127.0.0.1:{port}", time.perf_counter()
         path = os.pathsep.join(p for p in (os.environ.get("PYTHONPATH"), self.args.extra) if p)
         env = os.environ | {"OMP_NUM_THREADS": str(self.args.threads), "PYTHONPATH": path}
+        at = Path(self.args.run) / "exports" / EXPORTS[self.name] if self.name in EXPORTS else None
+        if at:  # an environment of its own, and a folder that its command names its files from
+            env = {k: v for k, v in env.items() if k != "PYTHONPATH"} | {"VLLM_NO_USAGE_STATS": "1"}
         near = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         self.said = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
-            told, env=env, stdout=self.said, stderr=self.said, start_new_session=True
+            told, env=env, cwd=at, stdout=self.said, stderr=self.said, start_new_session=True
         )
         threading.Thread(target=self._watch, daemon=True).start()
         while time.perf_counter() - begun < self.args.start:
@@ -224,7 +240,9 @@ def looped(name, args):
 
 
 def parts(args):  # name of a part, what makes it: (round, server, level), in turns
-    names = [n for n in (OURS, THEIRS, CPP, SERVE, BATCH, *LOOPS) if not args.only or n in args.only]
+    names = [
+        n for n in (OURS, THEIRS, CPP, SERVE, BATCH, *args.found, *LOOPS) if not args.only or n in args.only
+    ]
     for turn in range(args.rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             if name in LOOPS:
@@ -366,6 +384,10 @@ def arguments():
     parser.add_argument(
         "--llama-server", default="llama-server", help="the program; else the wheel xllamacpp"
     )
+    parser.add_argument(
+        "--vllm", default="vllm", help="the program, or its path; left out where it is not found"
+    )
+    parser.add_argument("--vllm-options", default="", help="more options for vLLM")
     parser.add_argument("--only", default="", help="names of servers, with ; between them")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--start", type=float, default=180.0, help="seconds that a server may take to start")
@@ -399,12 +421,23 @@ def main():
         or Path(tempfile.gettempdir()) / f"ftnb-serve-{args.run.resolve().name}{'-quick' * args.quick}"
     )
     work.mkdir(parents=True, exist_ok=True)
+    try:
+        program_command(args.vllm)
+        args.found = tuple(EXPORTS)
+    except InputError as error:
+        args.found = ()
+        print(f"{', '.join(EXPORTS)}: left out: {error}", file=sys.stderr)
     results = gathered(parts(args), work, args.budget)
     told, rounds = collected(results, args)
     found = goals(rounds)
     about = {"cpu": cpu(), "threads": args.threads, "rounds": args.rounds, "versions": versions()}
     about |= {"prompts": len(rows), "max_tokens": args.tokens, "seconds": args.seconds, "quick": args.quick}
     about |= {"model": recipe.model, "ours": args.ours}
+    if args.found:
+        about |= {
+            "vllm": args.vllm_options,
+            "versions": about["versions"] | {"vllm": said_version(args.vllm)},
+        }
     if args.out:
         write_text(args.out, json.dumps({"about": about, "servers": told, "goals": found}, indent=1) + "\n")
     print(shown(told, found))

@@ -6,7 +6,7 @@ Docs: https://ftnb.github.io/ftnb/endpoint.html.md"""
 
 # %% auto #0
 __all__ = ['ODD', 'WAYS', 'OTHERS', 'golden_prompts', 'Endpoint', 'Drift', 'drift', 'EndpointCheck', 'check_endpoint',
-           'program_command', 'other_server']
+           'program_command', 'other_command', 'other_server']
 
 # %% ../nbs/06e_endpoint.ipynb #b04b4941
 import argparse
@@ -414,6 +414,15 @@ def _stopped_with_us():  # SIGTERM ends this process as Ctrl-C does, so that no 
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
+def other_command(
+    artifact,  # from `Artifact.load`; its folder is where the command runs
+    program: str = "llama-server",  # llama-server | vllm, or the path of one
+) -> list[str]:  # without host and port
+    "An export's own command for another server, its base in place; raises `InputError` where there is none."
+    arguments = _with_base(artifact, _told(artifact, program))
+    return [*program_command(program), *arguments]
+
+
 @contextmanager
 def other_server(
     folder: str | Path,  # an export
@@ -425,7 +434,7 @@ def other_server(
     from ftnb.deploy import Artifact
 
     artifact = Artifact.load(Path(folder).resolve())
-    arguments = [*_with_base(artifact, _told(artifact, program)), *more]
+    command = [*other_command(artifact, program), *more]
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         port = held.getsockname()[1]
@@ -434,13 +443,14 @@ def other_server(
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     with tempfile.TemporaryFile() as said, _stopped_with_us():
         streams = {"stdin": subprocess.DEVNULL, "stdout": said, "stderr": said}
-        command = [*program_command(program), *arguments, *where]
-        process = subprocess.Popen(command, cwd=artifact.dir, env=env, start_new_session=True, **streams)
+        process = subprocess.Popen(
+            [*command, *where], cwd=artifact.dir, env=env, start_new_session=True, **streams
+        )
         try:
             while not _answers(url):
                 if process.poll() is not None or time.monotonic() > end:
                     raise InputError(
-                        f"{program} {_why(process, said, seconds)}; its command: {shlex.join(arguments)}"
+                        f"{program} {_why(process, said, seconds)}; its command: {shlex.join(command)}"
                     )
                 time.sleep(0.2)
             yield url
