@@ -231,7 +231,8 @@ def test_vllm_builds_the_prompts_of_training(exported, kind):
     run, exports = exported
     tokenizer = load_tokenizer(run.adapter_dir)
     golden = golden_prompts(tokenizer, drawn(40), SYSTEM)
-    with other_server(exports[kind].dir, program, ("--dtype", "float32"), 600) as url:
+    small = ("--dtype", "float32", "--gpu-memory-utilization", "0.3", "--enforce-eager")
+    with other_server(exports[kind].dir, program, small, 600) as url:
         found = check_endpoint(url, tokenizer, golden)
     assert found.kind == "vLLM form" and found.n == len(golden)
     assert {d.cause for d in found.drifts} <= {
