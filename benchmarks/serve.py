@@ -6,12 +6,13 @@ the adapter, on one run of the store assistant.
         [--ours "--slots 16"] [--llama-server PATH] [--vllm PATH] [--vllm-options "--enforce-eager"] [--only NAMES]
         [--threads 2] [--budget SECONDS] [--quick]
 
-RUN is a finished run with the exports gguf-q8_0, merged and adapter. llama-cpp-python's server needs three packages that ftnb
-does not: pip install --no-deps --target DIR "starlette-context==0.3.6" pydantic-settings sse-starlette, and --extra DIR.
-`transformers serve` needs typer and openai; vLLM, where it is found, may lie in an environment of its own. Servers run one at a time, as child processes on a free port of 127.0.0.1
-with the same number of threads, in an order that turns from round to round. Each level runs for a fixed time; what
-still runs then counts as waiting longer than that. Finished levels are kept in --work, so a run that was stopped goes
-on where it was; delete a file there to measure its level again. Needs the machine for itself, for about a quarter of an hour.
+RUN is a finished run with the exports gguf-q8_0, merged and, for vLLM, adapter. llama-cpp-python's server needs three
+packages that ftnb does not: pip install --no-deps --target DIR "starlette-context==0.3.6" pydantic-settings
+sse-starlette, and --extra DIR. `transformers serve` needs typer and openai; vLLM, where it is found, may lie in an
+environment of its own. Servers run one at a time, as child processes on a free port of 127.0.0.1 with the same number
+of threads, in an order that turns from round to round. Each level runs for a fixed time; what still runs then counts as
+waiting longer than that. Finished levels are kept in --work, so a run that was stopped goes on where it was; delete a
+file there to measure its level again. Needs the machine for itself, for about a quarter of an hour.
 Prints Markdown tables; --out writes the numbers as JSON.
 """
 
@@ -33,7 +34,7 @@ from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "VLLM_NO_USAGE_STATS": "1"}
 os.environ["PYTHONDONTWRITEBYTECODE"] = ""  # servers start from compiled files, as for most people
 
 import psutil  # noqa: E402
@@ -54,7 +55,8 @@ BATCH, CPP = "transformers serve, continuous batching", "llama.cpp's own server"
 VLLM, LORA = "vLLM, merged", "vLLM, adapter"
 EXPORTS = {VLLM: "merged", LORA: "adapter"}
 LOOPS = {"generate, one by one": 1, "generate, 16 at a time": 16}
-GOALS = (  # ours over the other, at this many clients, at least so many times
+SYSTEMS = (OURS, THEIRS, CPP, SERVE, BATCH, VLLM, LORA, *LOOPS)
+GOALS = (  # the first over the second, at this many clients, at least so many times
     (OURS, THEIRS, 1, 1.0),
     (OURS, THEIRS, 16, 2.0),
     (OURS, "generate, one by one", 16, 5.0),
@@ -130,11 +132,10 @@ class Child:
         port = free_port()
         told, self.fields, self.model = command(self.name, self.args, port)
         self.url, begun = f"http://127.0.0.1:{port}", time.perf_counter()
-        path = os.pathsep.join(p for p in (os.environ.get("PYTHONPATH"), self.args.extra) if p)
-        env = os.environ | {"OMP_NUM_THREADS": str(self.args.threads), "PYTHONPATH": path}
+        # vLLM: an environment of its own, in the export's folder, from which its command names its files
         at = Path(self.args.run) / "exports" / EXPORTS[self.name] if self.name in EXPORTS else None
-        if at:  # an environment of its own, and a folder that its command names its files from
-            env = {k: v for k, v in env.items() if k != "PYTHONPATH"} | {"VLLM_NO_USAGE_STATS": "1"}
+        path = os.pathsep.join(p for p in (os.environ.get("PYTHONPATH"), self.args.extra) if p and not at)
+        env = os.environ | {"OMP_NUM_THREADS": str(self.args.threads), "PYTHONPATH": path}
         near = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         self.said = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
@@ -240,9 +241,7 @@ def looped(name, args):
 
 
 def parts(args):  # name of a part, what makes it: (round, server, level), in turns
-    names = [
-        n for n in (OURS, THEIRS, CPP, SERVE, BATCH, *args.found, *LOOPS) if not args.only or n in args.only
-    ]
+    names = args.names
     for turn in range(args.rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             if name in LOOPS:
@@ -359,13 +358,14 @@ def shown(told, found):
             "; ".join(sorted(set(row.get("errors", [])))),
         ]
         lines.append(f"| {name} | {' | '.join(map(str, cells))} |")
-    lines += ["", "| ours beside | clients | times as many tokens/s | goal |", "| --- | ---: | --- | --- |"]
+    lines += ["", "| this | beside | clients | times as many tokens/s | goal |"]
+    lines.append("| --- | --- | ---: | --- | --- |")
     for g in found:
         r = g["ratio"]
         high = "?" if r["high"] is None else f"{r['high']:.2f}"
         lines.append(
-            f"| {g['theirs']} | {g['clients']} | {r['value']:.2f} ({r['low']:.2f} to {high}, n = {r['n']} rounds) "
-            f"| {g['goal']:g} |"
+            f"| {g['ours']} | {g['theirs']} | {g['clients']} "
+            f"| {r['value']:.2f} ({r['low']:.2f} to {high}, n = {r['n']} rounds) | {g['goal']:g} |"
         )
     return "\n".join(lines)
 
@@ -421,19 +421,20 @@ def main():
         or Path(tempfile.gettempdir()) / f"ftnb-serve-{args.run.resolve().name}{'-quick' * args.quick}"
     )
     work.mkdir(parents=True, exist_ok=True)
-    try:
-        program_command(args.vllm)
-        args.found = tuple(EXPORTS)
-    except InputError as error:
-        args.found = ()
-        print(f"{', '.join(EXPORTS)}: left out: {error}", file=sys.stderr)
+    args.names = [n for n in SYSTEMS if not args.only or n in args.only]
+    if vllm := [n for n in args.names if n in EXPORTS]:
+        try:
+            program_command(args.vllm)
+        except InputError as error:
+            args.names, vllm = [n for n in args.names if n not in EXPORTS], []
+            print(f"{', '.join(EXPORTS)}: left out: {error}", file=sys.stderr)
     results = gathered(parts(args), work, args.budget)
     told, rounds = collected(results, args)
     found = goals(rounds)
     about = {"cpu": cpu(), "threads": args.threads, "rounds": args.rounds, "versions": versions()}
     about |= {"prompts": len(rows), "max_tokens": args.tokens, "seconds": args.seconds, "quick": args.quick}
     about |= {"model": recipe.model, "ours": args.ours}
-    if args.found:
+    if vllm:
         about |= {
             "vllm": args.vllm_options,
             "versions": about["versions"] | {"vllm": said_version(args.vllm)},

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from .data import Splits
 from .plan import InputError, Recipe, write_text
-from .train import Run
+from .train import Run, choice
 
 # %% ../nbs/04b_diagnose.ipynb #d1a0000d
 LOG = ("step", "loss", "learning_rate", "grad_norm")  # of a log line; the last two may be absent
@@ -132,18 +132,15 @@ def _training_signals(logs):
     }
 
 # %% ../nbs/04b_diagnose.ipynb #d1a00016
-def _waited(match, loss):
-    "The most evaluations in a row before the best one that `train` would not have kept: what to have patience for."
-    kept, now, longest = (-math.inf, -math.inf), 0, 0
-    for answers, low in zip(np.nan_to_num(match, nan=0.0), loss):
-        now += 1
-        if (answers, -low) > kept:
-            kept, longest, now = (answers, -low), max(longest, now - 1), 0
-    return longest
+def _waited(match, loss, asked):
+    "The most evaluations in a row, before the one that `train` keeps, that brought none better: what takes patience."
+    rows = zip(np.nan_to_num(match), loss, np.maximum(np.nan_to_num(asked), 1))
+    best = np.maximum.accumulate([choice(*row) for row in rows])
+    return np.diff(np.flatnonzero(np.diff(best, prepend=-np.inf) > 0)).max(initial=1) - 1
 
 
 def _validation_signals(evals, logs):
-    step, loss, match = (_column(evals, key) for key in ("step", "eval_loss", "eval_match"))
+    step, loss, match, asked = (_column(evals, f) for f in ("step", "eval_loss", "eval_match", "eval_n"))
     best, n = int(np.argmin(loss)), len(loss)
     trend, at = _trend(_column(logs, "loss")), _column(logs, "step")
     then = trend[min(np.searchsorted(at, step[best]), len(trend) - 1)]
@@ -159,11 +156,9 @@ def _validation_signals(evals, logs):
         "best_match_step": step[int(np.nanargmax(match))] if known else math.nan,
         "match_at_best_loss": match[best],
         "match_last": match[-1],
-        "waited": _waited(match, loss),
+        "waited": _waited(match, loss, asked),
         "finished": ends.mean(),
-        "asked": np.nanmax(_column(evals, "eval_n"))
-        if np.isfinite(_column(evals, "eval_n")).any()
-        else math.nan,
+        "asked": np.nanmax(asked) if np.isfinite(asked).any() else math.nan,
     }
 
 # %% ../nbs/04b_diagnose.ipynb #d1a00017

@@ -24,8 +24,8 @@ from pathlib import Path
 import numpy as np
 
 from .data import Record, normalise
-from .evaluate import ROUGE_READS, Estimate, Prediction, Report, bootstrap, from_counts, mean_of
-from .evaluate import need_words, score, slot_pairs, valid_json, wilson
+from .evaluate import Estimate, Prediction, Report, bootstrap, from_counts, mean_of, need_words
+from .evaluate import rouge_counts, score, slot_pairs, valid_json, wilson
 from .format import encode, parse_frame
 from .plan import InputError
 
@@ -100,19 +100,7 @@ def corpus_chrf(
     return from_counts(predictions, *CHRF)
 
 # %% ../nbs/05d_metrics.ipynb #b13ec758
-def _rouge(kind):
-    def counts(predictions):
-        from rouge_score.rouge_scorer import RougeScorer
-
-        need_words(predictions, *ROUGE_READS)
-        scorer = RougeScorer([kind])
-        made = [[scorer.score(p.expected, p.output)[kind].fmeasure, 1] for p in predictions]
-        return np.array(made, float).reshape(-1, 2)
-
-    return counts
-
-
-ROUGE1, ROUGE2, ROUGEL = ((_rouge(kind), mean_of) for kind in ("rouge1", "rouge2", "rougeL"))
+ROUGE1, ROUGE2, ROUGEL = ((rouge_counts(kind), mean_of) for kind in ("rouge1", "rouge2", "rougeL"))
 
 
 def rouge(

@@ -271,6 +271,8 @@ def test_the_default_model(method, tmp_path):
     recipe = Recipe(method=method, dtype="float32")
     config = AutoConfig.from_pretrained(resolve(DEFAULT_MODEL))
     want, got = memory(config, recipe, 2, 64, 8), measured(config, recipe, tmp_path)
-    small = {k for k, size in want.parts().items() if abs(size - getattr(got, k)) < 0.03 * got.total}
-    off = {k: round(v, 3) for k, v in shares(want, got).items() if abs(v - 1) > 0.15 and k not in small}
-    assert off == {}  # what is small beside the total may differ: with AMX a step took 51 MB of 2.5 GB more
+    found = shares(want, got)
+    # a CPU's kernels may take room of their own, little beside the total: with AMX 51 MB of 2.5 GB
+    if abs(want.working - got.working) < 0.03 * got.total:
+        del found["working"]
+    assert {k: round(v, 3) for k, v in found.items() if abs(v - 1) > 0.15} == {}

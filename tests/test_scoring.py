@@ -445,7 +445,7 @@ def test_the_default_model_scores_and_answers_as_row_by_row():
     asked = [prompt_for(tokenizer, r, "Name the intent.") for r in store_records()[:800:160]]
     scores = score_labels(model, tokenizer, asked, intents)
     want = alone(model, tokenizer, asked, intents)
-    assert np.allclose(scores, want, rtol=1e-5, atol=0)  # float32; sums of up to 45
+    assert np.allclose(scores, want, rtol=5e-6, atol=0)  # float32; sums of up to 45
     assert (scores.argmax(1) == want.argmax(1)).all()
     assert [x for x, _ in best_label(model, tokenizer, asked, intents)] == [
         intents[k] for k in want.argmax(1)

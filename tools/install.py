@@ -258,7 +258,7 @@ def install(venv: Path, llama: bool) -> None:
         (wheel,) = wheels.glob("llama_cpp_python-*.whl")
         log = venv / "llama-install.log"
         Step("llama-cpp-python", [*pip, "--force-reinstall", "--no-deps", wheel], log).wait()
-        Step("what it needs", [*pip, "-c", "constraints.txt", wheel], log).wait()
+        Step("what llama-cpp-python needs", [*pip, "-c", "constraints.txt", wheel], log).wait()
         (venv / ".ftnb-llama").write_text(llama_stamp(), "utf-8")
 
 
